@@ -8,6 +8,7 @@ Knows nothing about channels, units or importance.
 from __future__ import annotations
 
 import contextlib
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,21 @@ _OPERATORS = {
 }
 
 
+def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """For a function that hides linear calls from modes, a copy of it that shows them; None otherwise.
+
+    A mode sees a Python function of torch as one call, and is off while that function runs. The copy has
+    the same code and does not ask for modes itself.
+    """
+    if func is not nn.functional.multi_head_attention_forward:
+        return None
+    scope = dict(func.__globals__)
+    scope["has_torch_function"] = lambda _: False
+    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
 def is_inplace(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
     dunder = name.startswith("__") and name.endswith("__")
@@ -161,11 +177,15 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Sequence[type],
+        kinds: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        inner = opened(func)
+        if inner is not None:
+            with self:
+                return inner(*args, **kwargs)
         name = call_name(func)
         if name.startswith("get:") and name not in _GETTERS_THAT_MAKE_TENSORS:
             return func(*args, **kwargs)

@@ -1,0 +1,116 @@
+"""What a criterion is, and the registry that users add theirs to.
+
+A criterion must not know how S is measured, nor what is done with the importance.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from attrfast.errors import InputError
+from attrfast.units import Units
+
+
+class Criterion:
+    """Base class: one importance a unit, from data and gradients.
+
+    A subclass defines `objective` and is scored by S[n, c], the first-order effect on J[n] of removing
+    unit c. One that needs no data sets `needs_data = False` and defines `from_weights` instead.
+
+        @attrfast.register_criterion("margin")
+        class Margin(attrfast.Criterion):
+            def objective(self, logits, labels):
+                top2 = logits.topk(2, dim=1).values
+                return top2[:, 0] - top2[:, 1]
+
+    Attributes:
+        name: set by `register_criterion`.
+        needs_data: whether a pass over the data is made.
+        guided: whether gradients pass a ReLU only where they are positive (Springenberg et al. 2014).
+        reduction: name of the default reduction, see `attrfast.criteria.reductions`.
+        uses_loss: whether a user's `loss_fn` takes the place of `objective`.
+    """
+
+    name: ClassVar[str] = ""
+    needs_data: ClassVar[bool] = True
+    guided: ClassVar[bool] = False
+    reduction: ClassVar[str] = "abs_sample"
+    uses_loss: ClassVar[bool] = False
+    loss_sign: ClassVar[float] = 1.0
+
+    def objective(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """J of every sample.
+
+        Args:
+            logits: (N, K) the model's main output, in the model's dtype.
+            labels: (N,) int64.
+
+        Returns:
+            (N,), differentiable; its sum over samples is what is differentiated.
+        """
+        raise NotImplementedError(f"the criterion {self.name!r} defines no objective")
+
+    def from_weights(self, model: nn.Module, units: Units, seed: int) -> torch.Tensor:
+        """Importance (U,) float64 of every unit from the model alone; read when `needs_data` is False."""
+        raise NotImplementedError(f"the criterion {self.name!r} reads no weights")
+
+
+_REGISTRY: dict[str, type[Criterion]] = {}
+
+
+def register_criterion(name: str) -> Callable[[type[Criterion]], type[Criterion]]:
+    """Class decorator: makes a criterion known by `name` to `attribute` and `prune`.
+
+    Raises:
+        InputError: the name is taken by another class, or the class is no `Criterion`.
+    """
+
+    def add(cls: type[Criterion]) -> type[Criterion]:
+        if not (isinstance(cls, type) and issubclass(cls, Criterion)):
+            raise InputError(f"register_criterion needs a subclass of attrfast.Criterion, got {cls!r}")
+        taken = _REGISTRY.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise InputError(
+                f"the criterion name {name!r} is taken by {taken.__qualname__}; choose another"
+            )
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def criterion_names() -> tuple[str, ...]:
+    """Names of all criteria, built-in first."""
+    return tuple(_REGISTRY)
+
+
+def get_criterion(criterion: str | Criterion | type[Criterion]) -> Criterion:
+    """The criterion of that name; an instance or a class is taken as it is.
+
+    Raises:
+        InputError: no criterion has that name; the message suggests the nearest.
+    """
+    if isinstance(criterion, Criterion):
+        return criterion
+    if isinstance(criterion, type) and issubclass(criterion, Criterion):
+        return criterion()
+    if not isinstance(criterion, str):
+        raise InputError(
+            f"criterion must be a name or an attrfast.Criterion, got {type(criterion).__name__}"
+        )
+    found = _REGISTRY.get(criterion)
+    if found is None:
+        near = difflib.get_close_matches(criterion.lower(), _REGISTRY, n=1, cutoff=0.0)
+        raise InputError(
+            f"unknown criterion {criterion!r}; did you mean {near[0]!r}? Known: {', '.join(_REGISTRY)}"
+        )
+    return found()

@@ -1,0 +1,113 @@
+"""The objective J of a pass: always a sum over samples, never a mean.
+
+A criterion gives one value a sample. A user's `loss_fn` may give one value a sample, or their sum, or
+their mean as torch's losses do; which of the three it is is found out on the first batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from attrfast.batches import check_labels, main_output
+from attrfast.criteria import Criterion
+from attrfast.errors import InputError, ModelError
+from attrfast.rows import rows
+
+LossFunction = Callable[[Any, Any], torch.Tensor]
+
+
+class Objective:
+    """J of one batch, from the model's output.
+
+    Args:
+        criterion: whose objective is differentiated.
+        loss_fn: takes the objective's place where the criterion measures a loss. Called as
+            `loss_fn(output, batch)`; a `torch.nn` loss module as `loss_fn(main output, labels)`.
+    """
+
+    def __init__(self, criterion: Criterion, loss_fn: LossFunction | None) -> None:
+        self.criterion = criterion
+        self.loss_fn = loss_fn if criterion.uses_loss else None
+        self._kind: str | None = None  # of a scalar loss: "mean" or "sum"
+
+    def __call__(self, output: Any, batch: Any, labels: Any, samples: int) -> torch.Tensor:
+        """J, summed over the batch's samples: 0-d, float32 or float64.
+
+        Raises:
+            InputError: the loss is neither one value a sample nor their mean or sum, or a label is
+                outside the outputs.
+            ModelError: the objective is not differentiable.
+        """
+        if self.loss_fn is not None:
+            values = _call(self.loss_fn, output, batch, labels)
+            if values.dim() == 0:
+                values = values * self._scale(values, output, batch, labels, samples)
+            elif values.shape[0] == samples:
+                values = values.sum()
+            else:
+                raise InputError(
+                    f"loss_fn returned a tensor of shape {tuple(values.shape)} for {samples} samples; "
+                    f"return one value a sample, or their mean or sum"
+                )
+            total = values * self.criterion.loss_sign
+        else:
+            logits = main_output(output)
+            if logits.dim() != 2 or not logits.is_floating_point():
+                raise InputError(
+                    f"the model's output has shape {tuple(logits.shape)} and dtype {logits.dtype}, not "
+                    f"(samples, classes); give loss_fn(output, batch) and a criterion that uses it"
+                )
+            check_labels(labels, logits)
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            values = self.criterion.objective(logits.to(dtype), labels)
+            if values.shape != (samples,):
+                raise InputError(
+                    f"the objective of {self.criterion.name!r} returned shape {tuple(values.shape)} "
+                    f"for {samples} samples; return one value a sample"
+                )
+            total = values.sum()
+        if not total.requires_grad:
+            raise ModelError(
+                "the objective has no gradient: no differentiable path leads from a convolution to the "
+                "model's output; look for torch.no_grad() or .detach() in forward, or in the loss"
+            )
+        return total.to(torch.promote_types(total.dtype, torch.float32))
+
+    def _scale(self, value: torch.Tensor, output: Any, batch: Any, labels: Any, samples: int) -> float:
+        """What turns a scalar loss into a sum over samples: 1 or the number of samples."""
+        if self._kind is None and samples > 1:
+            assert self.loss_fn is not None
+            first = samples // 2
+            parts = []
+            with torch.no_grad():
+                for start, stop in ((0, first), (first, samples)):
+                    one = (rows(tree, samples, start, stop) for tree in (output, batch, labels))
+                    parts.append(float(_call(self.loss_fn, *one)))
+            whole = float(value.detach())
+            mean = (first * parts[0] + (samples - first) * parts[1]) / samples
+            error = {"mean": abs(whole - mean), "sum": abs(whole - sum(parts))}
+            size = max(abs(whole), *map(abs, parts))
+            kind = min(error, key=lambda k: error[k])
+            if error[kind] > 1e-3 * size:
+                raise InputError(
+                    f"loss_fn returned one number, {whole:g}, which is neither the mean ({mean:g}) nor "
+                    f"the sum ({sum(parts):g}) of its values on the two halves of the batch; return one "
+                    f"value a sample (in torch's losses: reduction='none')"
+                )
+            if size > 0:
+                self._kind = kind
+        return float(samples) if self._kind == "mean" else 1.0
+
+
+def _call(loss_fn: LossFunction, output: Any, batch: Any, labels: Any) -> torch.Tensor:
+    if isinstance(loss_fn, nn.modules.loss._Loss):
+        value = loss_fn(main_output(output), labels)
+    else:
+        value = loss_fn(output, batch)
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"loss_fn returned {type(value).__name__}; it must return a tensor")
+    return value

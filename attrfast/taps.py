@@ -1,0 +1,407 @@
+"""The call tier: every reader's call meets its tap, whoever makes the call.
+
+A `TorchFunctionMode` around the forward pass swaps every parameter for a detached alias, so that no
+weight gradient is ever computed, and puts an identity in front of every reader whose backward reduces
+activation times gradient. No hook is set and nothing is written to the model. This is the definition of
+the score matrix word for word; the graph tier must agree with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from attrfast import ops
+from attrfast.channels import CONVOLUTIONS
+from attrfast.errors import ModelError
+from attrfast.trace import call_name, is_inplace, opened, state_names, tensors_in
+from attrfast.units import Units
+
+
+class RowsError(ModelError):
+    """A reader's batch has another size than the input's: its rows can't be told apart by sample."""
+
+
+class ScoreMatrix:
+    """S of one batch: what every tap writes into.
+
+    Args:
+        units: the units, U of them.
+        samples: N.
+        dtype: of the sums (float64 everywhere but on devices without it).
+        absolute: reduce abs(x * g) instead of x * g (`reduction="abs_element"`).
+    """
+
+    def __init__(
+        self, units: Units, samples: int, *, device: torch.device, absolute: bool = False
+    ) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        # One column more than there are units: where the channels of no unit go.
+        self._sums = torch.zeros(samples, len(units) + 1, dtype=dtype, device=device)
+        self._columns: dict[str, torch.Tensor] = {}
+        self._units = units
+        self.absolute = absolute
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(N, U)."""
+        return self._sums[:, :-1]
+
+    def columns(self, reader: str) -> torch.Tensor:
+        found = self._columns.get(reader)
+        if found is None:
+            found = self._units.inputs[reader].to(self._sums.device)
+            found = torch.where(found < 0, len(self._units), found)
+            self._columns[reader] = found
+        return found
+
+    def add(self, reader: str, x: torch.Tensor, g: torch.Tensor, dim: int) -> None:
+        """Adds the flow of one call of `reader`: x and g hold channels in dimension `dim`."""
+        self.add_sums(reader, ops.attribution(*_by_channel(x, g, dim), self.absolute))
+
+    def add_sums(self, reader: str, sums: torch.Tensor) -> None:
+        """Adds sums (N, channels) of one call of `reader`."""
+        rows = self._sums.shape[0]
+        if sums.shape[0] != rows:
+            if rows != 1:
+                raise RowsError(
+                    f"{reader} sees a batch of {sums.shape[0]} where the model was given {rows} samples"
+                )
+            sums = sums.sum(0, keepdim=True)
+        self._sums.index_add_(1, self.columns(reader), sums.to(self._sums.dtype))
+
+
+def _by_channel(x: torch.Tensor, g: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of shape (N, C, positions...) of tensors that hold channels in dimension `dim`."""
+    if dim == 0:  # an unbatched call
+        return x.unsqueeze(0), g.unsqueeze(0)
+    if dim != 1:
+        return x.movedim(dim, 1), g.movedim(dim, 1)
+    return x, g
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on a reader's input; its backward sees the gradient that comes through that reader."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, anchor: torch.Tensor, matrix: ScoreMatrix, reader: str, dim: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.matrix, ctx.reader, ctx.dim = matrix, reader, dim
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,) = grads
+        (x,) = ctx.saved_tensors
+        ctx.matrix.add(ctx.reader, x, g, ctx.dim)
+        return (g if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+class _GuidedReLU(torch.autograd.Function):
+    """ReLU or ReLU6 whose backward lets a gradient pass where a > 0 and g > 0.
+
+    Source: Springenberg et al. 2014, Striving for Simplicity, guided backpropagation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, upper: float, inplace: bool) -> torch.Tensor:
+        out = x.clamp_(0.0, upper) if inplace else x.clamp(0.0, upper)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.upper = upper
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (out,) = ctx.saved_tensors
+        (g,) = grads
+        return torch.where((out > 0) & (out < ctx.upper) & (g > 0), g, 0.0), None, None
+
+
+class _Affine(torch.autograd.Function):
+    """Batch norm in eval mode: x * scale + shift, which keeps nothing for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(scale)
+        return ops.affine_relu(x, scale, shift, None, -_INF, _INF)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (scale,) = ctx.saved_tensors
+        return ops.affine_relu(grads[0], scale, None, None, -_INF, _INF), None, None
+
+
+_INF = float("inf")
+
+
+def folded_batch_norm(
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift (C,) of an eval-mode batch norm, in the kernels' compute dtype."""
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    scale = (var.to(dtype) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    shift = -mean.to(dtype) * scale
+    return scale, shift if bias is None else shift + bias.to(dtype)
+
+
+def batch_norm_arguments(
+    args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Any, Any, Any, Any, Any, bool, float]:
+    """(input, mean, var, weight, bias, training, eps) of a `torch.nn.functional.batch_norm` call."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    defaults = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
+    given = defaults | dict(zip(names, args, strict=False)) | kwargs
+    return (
+        given["input"],
+        given["running_mean"],
+        given["running_var"],
+        given["weight"],
+        given["bias"],
+        bool(given["training"]),
+        float(given["eps"]),
+    )
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """A convolution whose backward needs the weight alone.
+
+    autograd's own keeps the input as well, which nothing else may want (a depthwise convolution is no
+    reader, so no tap keeps it).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.stride = x.shape, x.stride()
+        ctx.geometry = stride, padding, dilation, groups
+        return torch.convolution(
+            x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        g = grads[0]
+        # The backward function reads the input's shape and layout only; this memory is never touched.
+        like = torch.empty_strided(ctx.shape, ctx.stride, dtype=g.dtype, device=g.device)
+        gx, _, _ = torch.ops.aten.convolution_backward(
+            g,
+            like,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            [True, False, False],
+        )
+        return gx, None, None, None, None, None, None
+
+
+class TapMode(TorchFunctionMode):
+    """Runs a forward pass with the call tier's taps in it.
+
+    Args:
+        model: whose parameters are met by identity.
+        units: whose readers are tapped.
+        matrix: what the taps write into, during the backward pass.
+        guided: the guided rule at every ReLU.
+
+    Attributes:
+        anchor: the 0-d leaf that every tap hangs on: the gradient of the objective with respect to it
+            is what runs all taps, and backward goes no further down than to the first of them.
+    """
+
+    def __init__(self, model: nn.Module, units: Units, matrix: ScoreMatrix, *, guided: bool) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.guided = guided
+        self.frozen = {id(p): p.detach() for p in model.parameters()}
+        self.readers = readers_by_weight(model, units)
+        device = next(model.parameters()).device
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def _detached(self, tree: Any) -> Any:
+        if isinstance(tree, torch.Tensor):
+            return self.frozen.get(id(tree), tree)
+        if type(tree) in (list, tuple):
+            return type(tree)(self._detached(item) for item in tree)
+        return tree
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        kinds: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        inner = opened(func)
+        if inner is not None:
+            with self:
+                return inner(*args, **kwargs)
+        name = call_name(func)
+        if name in CONVOLUTIONS or name == "linear":
+            return self._reader(func, name, args, kwargs)
+        if name == "batch_norm":
+            out = self._batch_norm(args, kwargs)
+            if out is not None:
+                return out
+        args = tuple(self._detached(a) for a in args)
+        kwargs = {key: self._detached(value) for key, value in kwargs.items()}
+        if self.guided:
+            upper = relu_ceiling(name, args, kwargs)
+            x = args[0] if args else kwargs.get("input")
+            if upper is not None and isinstance(x, torch.Tensor) and x.requires_grad:
+                return _GuidedReLU.apply(x, upper, is_inplace(func, kwargs))
+        return func(*args, **kwargs)
+
+    def _reader(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        x, weight, *rest = bound_arguments(name, args, kwargs)
+        reader = self.readers.get(id(weight))
+        weight, *rest = (self._detached(item) for item in (weight, *rest))
+        if reader is not None:
+            dim = x.dim() - 1 if name == "linear" else x.dim() - int(name[-2]) - 1
+            x = _Tap.apply(x, self.anchor, self.matrix, reader, dim)
+        elif x.requires_grad and name in ("conv1d", "conv2d", "conv3d"):
+            out = _frozen_convolution(x, weight, rest, int(name[-2]))
+            if out is not None:
+                return out
+        out = func(x, weight, *rest)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def _batch_norm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        x, mean, var, weight, bias, training, eps = batch_norm_arguments(args, kwargs)
+        if training or mean is None or not x.requires_grad:
+            return None
+        weight, bias = self._detached(weight), self._detached(bias)
+        out = _Affine.apply(x, *folded_batch_norm(mean, var, weight, bias, eps))
+        assert isinstance(out, torch.Tensor)
+        return out
+
+
+def _frozen_convolution(
+    x: torch.Tensor, weight: torch.Tensor, rest: Sequence[Any], spatial: int
+) -> torch.Tensor | None:
+    """The convolution that keeps no input, or None for a call that it does not cover."""
+    bias, stride, padding, dilation, groups = rest
+    if isinstance(padding, str) or x.dim() != spatial + 2 or weight.requires_grad:
+        return None
+    if torch.is_autocast_enabled(x.device.type) or (bias is not None and bias.requires_grad):
+        return None
+
+    def each(value: Any) -> list[int]:
+        values = [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)]
+        return values * spatial if len(values) == 1 else values
+
+    out = _FrozenConvolution.apply(
+        x, weight, bias, each(stride), each(padding), each(dilation), int(groups)
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+_SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
+    "linear": (("bias", None),),
+    **{
+        f"conv{d}d": (
+            ("bias", None),
+            ("stride", 1),
+            ("padding", 0),
+            ("dilation", 1),
+            ("groups", 1),
+        )
+        for d in (1, 2, 3)
+    },
+    **{
+        f"conv_transpose{d}d": (
+            ("bias", None),
+            ("stride", 1),
+            ("padding", 0),
+            ("output_padding", 0),
+            ("groups", 1),
+            ("dilation", 1),
+        )
+        for d in (1, 2, 3)
+    },
+}
+
+
+def bound_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """All arguments of a convolution or linear call by position: input, weight, bias, ..."""
+    names = (("input", None), ("weight", None), *_SIGNATURES[name])
+    rest = names[len(args) :]
+    return [*args, *(kwargs.get(key, default) for key, default in rest)]
+
+
+def readers_by_weight(model: nn.Module, units: Units) -> dict[int, str]:
+    """id of a weight -> name of the reader (a module, or a bare parameter)."""
+    modules = dict(model.named_modules())
+    parameters = {name: tensor for tensor, name in _named(model)}
+    found: dict[int, str] = {}
+    for name in units.inputs:
+        module = modules.get(name)
+        weight = module.weight if module is not None else parameters[name]
+        found[id(weight)] = name
+    return found
+
+
+def _named(model: nn.Module) -> list[tuple[torch.Tensor, str]]:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return [(tensors[key], name) for key, name in state_names(model).items()]
+
+
+def relu_ceiling(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> float | None:
+    """Upper bound of a call that is a ReLU (inf) or a ReLU with a ceiling (ReLU6: 6); None otherwise."""
+
+    def given(position: int, keyword: str, default: Any) -> Any:
+        return args[position] if position < len(args) else kwargs.get(keyword, default)
+
+    if name == "relu":
+        return _INF
+    if name == "relu6":
+        return 6.0
+    if name == "hardtanh":
+        low, high = given(1, "min_val", -1.0), given(2, "max_val", 1.0)
+    elif name in ("clamp", "clip"):
+        low, high = given(1, "min", None), given(2, "max", None)
+    elif name == "clamp_min":
+        low, high = given(1, "min", None), None
+    elif name == "threshold":
+        low, high = given(1, "threshold", None), None
+        if given(2, "value", None) != 0:
+            return None
+    else:
+        return None
+    if isinstance(low, torch.Tensor) or isinstance(high, torch.Tensor) or low != 0:
+        return None
+    return _INF if high is None else float(high)
