@@ -226,10 +226,10 @@ def attribute(
         else:
             raw, samples = running.importance(), running.samples
     wide = any(p.dtype == torch.float64 for p in model.parameters())
-    values = normalized(raw, units, normalize).to(torch.float64 if wide else torch.float32)
+    importance = normalized(raw, units, normalize).to(torch.float64 if wide else torch.float32)
     return Scores(
         units=units,
-        values=values,
+        importance=importance,
         raw=raw,
         samples=samples,
         criterion=rule.name,

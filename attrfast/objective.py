@@ -63,7 +63,7 @@ class Objective:
                 )
             check_labels(labels, logits)
             dtype = torch.promote_types(logits.dtype, torch.float32)
-            values = self.criterion.objective(logits.to(dtype), labels)
+            values = self.criterion.objective(logits.to(dtype), labels.long())
             if values.shape != (samples,):
                 raise InputError(
                     f"the objective of {self.criterion.name!r} returned shape {tuple(values.shape)} "

@@ -20,14 +20,14 @@ class Scores(Mapping[str, torch.Tensor]):
 
     Attributes:
         units: the units, U of them.
-        values: (U,) normalised importance, on the CPU; float64 for a float64 model, else float32.
+        importance: (U,) normalised, on the CPU; float64 for a float64 model, else float32.
         raw: (U,) float64, before normalisation.
         samples: how many samples were seen (0 for a criterion that reads weights alone).
         criterion, reduction, normalize: how it was computed.
     """
 
     units: Units
-    values: torch.Tensor
+    importance: torch.Tensor
     raw: torch.Tensor
     samples: int
     criterion: str
@@ -40,7 +40,7 @@ class Scores(Mapping[str, torch.Tensor]):
             mapping = self.units.filters[name]
         except KeyError:
             raise KeyError(f"{name!r} is no scored convolution; see list(scores)") from None
-        return self.values[mapping]
+        return self.importance[mapping]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.units.filters)
