@@ -107,7 +107,9 @@ class Pass:
         def objective(output: Any) -> torch.Tensor:
             total = self.objective(output, batch.raw, batch.labels, batch.samples)
             if self.device.type == "cpu" and not bool(torch.isfinite(total)):
-                self._explain(forward, batch, f"the objective of {self.criterion.name!r} is {total:g}")
+                self._explain(
+                    forward, batch, f"the objective of {self.criterion.name!r} is {total:g}"
+                )
             return total
 
         # Small gradients vanish in fp16; S is divided by the same power of two, so nothing else changes.

@@ -77,7 +77,9 @@ class Objective:
             )
         return total.to(torch.promote_types(total.dtype, torch.float32))
 
-    def _scale(self, value: torch.Tensor, output: Any, batch: Any, labels: Any, samples: int) -> float:
+    def _scale(
+        self, value: torch.Tensor, output: Any, batch: Any, labels: Any, samples: int
+    ) -> float:
         """What turns a scalar loss into a sum over samples: 1 or the number of samples."""
         if self._kind is None and samples > 1:
             assert self.loss_fn is not None

@@ -16,9 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from attrfast import ops
-from attrfast.channels import CONVOLUTIONS
 from attrfast.errors import ModelError
-from attrfast.trace import call_name, is_inplace, opened, state_names, tensors_in
+from attrfast.trace import CONVOLUTIONS, call_name, is_inplace, opened, state_names, tensors_in
 from attrfast.units import Units
 
 
@@ -129,7 +128,9 @@ class _Affine(torch.autograd.Function):
     """Batch norm in eval mode: x * scale + shift, which keeps nothing for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(scale)
         return ops.affine_relu(x, scale, shift, None, -_INF, _INF)
 
@@ -162,7 +163,16 @@ def batch_norm_arguments(
     args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Any, Any, Any, Any, Any, bool, float]:
     """(input, mean, var, weight, bias, training, eps) of a `torch.nn.functional.batch_norm` call."""
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    names = (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    )
     defaults = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
     given = defaults | dict(zip(names, args, strict=False)) | kwargs
     return (
@@ -238,7 +248,9 @@ class TapMode(TorchFunctionMode):
             is what runs all taps, and backward goes no further down than to the first of them.
     """
 
-    def __init__(self, model: nn.Module, units: Units, matrix: ScoreMatrix, *, guided: bool) -> None:
+    def __init__(
+        self, model: nn.Module, units: Units, matrix: ScoreMatrix, *, guided: bool
+    ) -> None:
         super().__init__()
         self.matrix = matrix
         self.guided = guided

@@ -21,6 +21,9 @@ from torch.overrides import TorchFunctionMode
 from attrfast.errors import ModelError
 
 
+CONVOLUTIONS = frozenset(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3))
+
+
 @dataclass(frozen=True)
 class Ref:
     """A tensor that an earlier call made, or an input of the model (value number)."""
