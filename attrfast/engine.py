@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from attrfast.batches import Batch, check_labels, main_output, resolve_device, unpack
+from attrfast.batches import Batch, resolve_device, unpack
 from attrfast.channels import find_units
 from attrfast.criteria import REDUCTIONS, Criterion, Reduction, get_criterion
 from attrfast.diagnosis import first_nonfinite
-from attrfast.errors import AttrfastError, InputError, ModelError, NumericalError
+from attrfast.errors import InputError, NumericalError
 from attrfast.objective import Objective
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
 from attrfast.taps import RowsError, ScoreMatrix, TapMode

@@ -17,7 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from attrfast import ops
 from attrfast.errors import ModelError
-from attrfast.trace import CONVOLUTIONS, call_name, is_inplace, opened, state_names, tensors_in
+from attrfast.trace import (
+    CONVOLUTIONS,
+    call_name,
+    is_inplace,
+    opened,
+    state_names,
+)
 from attrfast.units import Units
 
 

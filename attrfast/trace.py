@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from attrfast.errors import ModelError
 
-
 CONVOLUTIONS = frozenset(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3))
 
 
@@ -59,6 +58,7 @@ class Trace:
     Attributes:
         calls: in the order in which they ran.
         shapes: shape of every value.
+        itemsizes: bytes of one element of every value.
         results: the values that the model returned.
         roots: values with no recorded origin: the model's inputs, constants, and tensors made where no
             torch function could be seen.
@@ -66,8 +66,17 @@ class Trace:
 
     calls: list[Call] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
+    itemsizes: list[int] = field(default_factory=list)
     results: tuple[int, ...] = ()
     roots: set[int] = field(default_factory=set)
+
+    def note(self, tensor: torch.Tensor, numbering: Numbering) -> None:
+        """Keeps the shape of a value that was just numbered."""
+        value = numbering.values.get(tensor)
+        if value is not None and value >= len(self.shapes):
+            missing = value + 1 - len(self.shapes)
+            self.shapes.extend([tensor.shape] * missing)
+            self.itemsizes.extend([tensor.element_size()] * missing)
 
 
 class ValueTable:
@@ -143,38 +152,76 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
         yield from tensors_in(vars(tree))
 
 
-class _Recorder(TorchFunctionMode):
-    def __init__(self, names: dict[int, str], trace: Trace) -> None:
-        super().__init__()
+class Numbering:
+    """Numbers values in the order in which calls meet them: the same calls give the same numbers.
+
+    Args:
+        names: id -> name of the model's parameters and buffers, which are no values.
+    """
+
+    def __init__(self, names: dict[int, str]) -> None:
         self.names = names
-        self.trace = trace
         self.values = ValueTable()
+        self.count = 0
+        self.roots: set[int] = set()
 
     def number(self, tensor: torch.Tensor) -> int:
         value = self.values.get(tensor)
         if value is None:
             value = self.new(tensor)
-            self.trace.roots.add(value)
+            self.roots.add(value)
         return value
 
     def new(self, tensor: torch.Tensor) -> int:
-        value = len(self.trace.shapes)
-        self.trace.shapes.append(tensor.shape)
+        value = self.count
+        self.count += 1
         self.values.put(tensor, value)
         return value
 
-    def encode(self, tree: Any, seen: list[int]) -> Any:
+    def is_state(self, tensor: torch.Tensor) -> bool:
+        """A parameter or buffer that no call has overwritten."""
+        return id(tensor) in self.names and self.values.get(tensor) is None
+
+    def inputs(self, *trees: Any) -> tuple[int, ...]:
+        """Numbers of the values that a call is given, in order."""
+        return tuple(self.number(t) for t in tensors_in(trees) if not self.is_state(t))
+
+    def made(self, out: Any, target: Any) -> list[torch.Tensor]:
+        """The tensors that a call made: its results, and what it wrote into."""
+        made = list(tensors_in(out))
+        if isinstance(target, torch.Tensor) and not any(t is target for t in made):
+            made.append(target)
+        return [t for t in made if id(t) not in self.names]
+
+
+def is_silent(name: str) -> bool:
+    """Whether a call reads a tensor's shape or the like, and neither its values nor makes others."""
+    if name.startswith("get:"):
+        return name not in _GETTERS_THAT_MAKE_TENSORS
+    return name in _METADATA
+
+
+def written_to(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The tensor that a call writes into although it does not return it, or None."""
+    target = kwargs.get("out")
+    return args[0] if target is None and name in ("setitem", "set:data") else target
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, names: dict[int, str], trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.numbering = Numbering(names)
+
+    def encode(self, tree: Any) -> Any:
         if isinstance(tree, torch.Tensor):
-            name = self.names.get(id(tree))
-            if name is not None and self.values.get(tree) is None:
-                return Param(name)
-            value = self.number(tree)
-            seen.append(value)
-            return Ref(value)
+            if self.numbering.is_state(tree):
+                return Param(self.numbering.names[id(tree)])
+            return Ref(self.numbering.number(tree))
         if isinstance(tree, (list, tuple)) and not isinstance(tree, torch.Size):
-            return tuple(self.encode(item, seen) for item in tree)
+            return tuple(self.encode(item) for item in tree)
         if isinstance(tree, dict):
-            return {key: self.encode(item, seen) for key, item in tree.items()}
+            return {key: self.encode(item) for key, item in tree.items()}
         return tree
 
     def __torch_function__(
@@ -190,26 +237,23 @@ class _Recorder(TorchFunctionMode):
             with self:
                 return inner(*args, **kwargs)
         name = call_name(func)
-        if name.startswith("get:") and name not in _GETTERS_THAT_MAKE_TENSORS:
+        if is_silent(name):
             return func(*args, **kwargs)
-        seen: list[int] = []
-        coded_args = self.encode(tuple(args), seen)
-        coded_kwargs = self.encode(kwargs, seen)
+        numbering, trace = self.numbering, self.trace
+        inputs = numbering.inputs(args, kwargs)
+        for tensor in tensors_in((args, kwargs)):
+            trace.note(tensor, numbering)
+        coded_args, coded_kwargs = self.encode(tuple(args)), self.encode(kwargs)
         out = func(*args, **kwargs)
+        target = written_to(name, args, kwargs)
+        made = numbering.made(out, target)
         overwritten: int | None = None
-        target = kwargs.get("out")
-        if target is None and name in ("setitem", "set:data"):
-            target = args[0]
-        made = list(tensors_in(out))
-        if isinstance(target, torch.Tensor) and not any(t is target for t in made):
-            made.append(target)
-        if not made:
-            return out
-        if is_inplace(func, kwargs) or target is not None:
+        if made and (is_inplace(func, kwargs) or target is not None):
             subject = target if isinstance(target, torch.Tensor) else made[0]
-            overwritten = self.values.get(subject)
-        trace = self.trace
-        outputs = tuple(self.new(t) for t in made if id(t) not in self.names)
+            overwritten = numbering.values.get(subject)
+        outputs = tuple(numbering.new(t) for t in made)
+        for tensor in made:
+            trace.note(tensor, numbering)
         trace.calls.append(
             Call(
                 index=len(trace.calls),
@@ -217,7 +261,7 @@ class _Recorder(TorchFunctionMode):
                 func=func,
                 args=coded_args,
                 kwargs=coded_kwargs,
-                inputs=tuple(seen),
+                inputs=inputs,
                 outputs=outputs,
                 overwrites=overwritten,
             )
@@ -227,6 +271,12 @@ class _Recorder(TorchFunctionMode):
 
 _GETTERS_THAT_MAKE_TENSORS = frozenset(
     f"get:{name}" for name in ("data", "T", "mT", "H", "mH", "real", "imag")
+)
+_METADATA = frozenset(
+    """
+    size dim ndimension numel nelement stride is_contiguous element_size get_device is_floating_point
+    is_complex len storage_offset data_ptr has_names is_same_size hash is_signed is_inference
+    """.split()
 )
 
 
@@ -290,6 +340,9 @@ def trace(
                 f"{[tuple(t.shape) for t in tensors_in(tuple(inputs))]}: {error}"
             ) from error
         record.results = tuple(
-            value for t in tensors_in(out) if (value := recorder.values.get(t)) is not None
+            value
+            for t in tensors_in(out)
+            if (value := recorder.numbering.values.get(t)) is not None
         )
+        record.roots = recorder.numbering.roots
     return record
