@@ -1,0 +1,253 @@
+"""Each op in plain PyTorch: the definition that every kernel is tested against.
+
+Written to be read, not to be fast. Tensors are (N, C, positions...) with up to three spatial dimensions;
+float32, bfloat16 and float16 compute in float32, float64 in float64. Must not know any backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+INF = float("inf")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums and products are taken."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _per_channel(vector: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | float:
+    """(C,) as (1, C, 1, ...) to go with `like`; 1.0 for none."""
+    if vector is None:
+        return 1.0
+    return vector.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _positions(product: torch.Tensor) -> torch.Tensor:
+    """Sum over positions: (N, C, ...) -> (N, C)."""
+    return product.flatten(2).sum(2) if product.dim() > 2 else product
+
+
+def _clamp(y: torch.Tensor, lower: float, upper: float) -> torch.Tensor:
+    return y if lower == -INF and upper == INF else y.clamp(lower, upper)
+
+
+def affine_relu(
+    z: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    lower: float = 0.0,
+    upper: float = INF,
+) -> torch.Tensor:
+    """clamp(z * scale + shift + residual, lower, upper): a folded batch norm, an addition and a ReLU.
+
+    Args:
+        z: (N, C, ...).
+        scale, shift: (C,) in the compute dtype, or None for 1 and 0.
+        residual: like z, or None for 0.
+        lower, upper: 0 and inf for ReLU, 0 and 6 for ReLU6, -inf and inf for no activation. NaN stays.
+
+    Returns:
+        (N, C, ...) in z's dtype.
+    """
+    y = z.to(compute_dtype(z.dtype))
+    if scale is not None:
+        y = y * _per_channel(scale, z)
+    if shift is not None:
+        y = y + _per_channel(shift, z)
+    if residual is not None:
+        y = y + residual
+    return _clamp(y, lower, upper).to(z.dtype)
+
+
+def _passes(
+    a: torch.Tensor, g: torch.Tensor, lower: float, upper: float, guided: bool
+) -> torch.Tensor:
+    """Where the gradient passes the clamp whose output is a; NaN counts as inside the bounds."""
+    passes = ~(a <= lower) & ~(a >= upper)
+    return passes & (g > 0) if guided else passes
+
+
+def affine_relu_backward(
+    a: torch.Tensor,
+    g: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    lower: float = 0.0,
+    upper: float = INF,
+    guided: bool = False,
+    attribute: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Backward of `affine_relu` from its output, with the attribution reduced on the way.
+
+    Args:
+        a: (N, C, ...) output of the forward.
+        g: like a, the gradient with respect to a.
+        scale: (C,) or None.
+        guided: let a gradient pass only where it is positive (Springenberg et al. 2014).
+        attribute: whether the attribution is wanted.
+
+    Returns:
+        gz, like g: scale * where(lower < a < upper [and g > 0], g, 0); and s: (N, C) in the compute
+        dtype, the sum over positions of a * g (zeros where it is not wanted).
+    """
+    dtype = compute_dtype(a.dtype)
+    a, wide = a.to(dtype), g.to(dtype)
+    inside = torch.where(_passes(a, wide, lower, upper, guided), wide, 0.0)
+    s = _positions(a * wide) if attribute else a.new_zeros(a.shape[:2])
+    return (inside * _per_channel(scale, a)).to(g.dtype), s
+
+
+def affine_add_relu_backward(
+    a: torch.Tensor,
+    g: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    lower: float = 0.0,
+    upper: float = INF,
+    guided: bool = False,
+    attribute: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Backward of `affine_relu` with a residual.
+
+    Args:
+        residual: read when `attribute` is 2 only.
+        attribute: 0: none; 1: the sum over positions of a * g; 2: of (a - residual) * g1, which is the
+            flow through z's branch alone, because a ReLU conserves it.
+
+    Returns:
+        g1, the gradient with respect to the residual; gz = g1 * scale; s: (N, C).
+    """
+    dtype = compute_dtype(a.dtype)
+    wide_a, wide = a.to(dtype), g.to(dtype)
+    inside = torch.where(_passes(wide_a, wide, lower, upper, guided), wide, 0.0)
+    if attribute == 2:
+        assert residual is not None
+        s = _positions((wide_a - residual.to(dtype)) * inside)
+    else:
+        s = _positions(wide_a * wide) if attribute else wide.new_zeros(wide.shape[:2])
+    return inside.to(g.dtype), (inside * _per_channel(scale, a)).to(g.dtype), s
+
+
+def affine_relu_max_pool(
+    z: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool = False,
+    lower: float = 0.0,
+    upper: float = INF,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """max_pool2d(affine_relu(z)), keeping one byte a window instead of an 8-byte index.
+
+    Args:
+        z: (N, C, H, W).
+        kernel, stride, padding: two numbers each; no more than 255 places a window.
+
+    Returns:
+        p: (N, C, H', W') in z's dtype; code: uint8, like p: the place of the maximum in its window,
+        row by row, by PyTorch's rules (the first of equals; NaN is the largest).
+    """
+    a = affine_relu(z, scale, shift, None, lower, upper)
+    p, index = functional.max_pool2d(
+        a, kernel, stride, padding, ceil_mode=ceil_mode, return_indices=True
+    )
+    width = z.shape[3]
+    top = torch.arange(p.shape[2], device=z.device).view(-1, 1) * stride[0] - padding[0]
+    left = torch.arange(p.shape[3], device=z.device) * stride[1] - padding[1]
+    code = (index // width - top) * kernel[1] + (index % width - left)
+    return p, code.to(torch.uint8)
+
+
+def affine_relu_max_pool_backward(
+    p: torch.Tensor,
+    code: torch.Tensor,
+    g: torch.Tensor,
+    scale: torch.Tensor | None,
+    size: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    lower: float = 0.0,
+    upper: float = INF,
+    guided: bool = False,
+    attribute: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Backward of `affine_relu_max_pool`.
+
+    Gradients of windows that share a maximum add up before the rule of the clamp is applied.
+
+    Args:
+        p, code: what the forward gave.
+        g: like p.
+        size: H and W of z.
+
+    Returns:
+        gz: (N, C, H, W); s: (N, C), the sum over windows of p * g.
+    """
+    dtype = compute_dtype(p.dtype)
+    n, c, rows, columns = p.shape
+    height, width = size
+    place = code.to(torch.int64)
+    top = torch.arange(rows, device=p.device).view(-1, 1) * stride[0] - padding[0]
+    left = torch.arange(columns, device=p.device) * stride[1] - padding[1]
+    index = (top + place // kernel[1]) * width + left + place % kernel[1]
+    wide_p, wide = p.to(dtype), g.to(dtype)
+    # A window's maximum is the value at its place, so the clamp's bounds are tested on p.
+    inside = ~(wide_p <= lower) & ~(wide_p >= upper)
+    flat = wide.new_zeros(n, c, height * width)
+    kept = torch.where(inside, wide, 0.0)
+    flat.scatter_add_(2, index.reshape(n, c, -1), kept.reshape(n, c, -1))
+    if guided:
+        flat = torch.where(flat > 0, flat, 0.0)
+    gz = flat.view(n, c, height, width) * _per_channel(scale, p)
+    s = _positions(wide_p * wide) if attribute else wide.new_zeros(n, c)
+    return gz.to(g.dtype), s
+
+
+def attribution(x: torch.Tensor, g: torch.Tensor, absolute: bool = False) -> torch.Tensor:
+    """Sum over positions of x * g, or of abs(x * g).
+
+    Args:
+        x, g: (N, C, ...), of any strides.
+
+    Returns:
+        (N, C) in the compute dtype.
+    """
+    dtype = compute_dtype(x.dtype)
+    product = x.to(dtype) * g.to(dtype)
+    return _positions(product.abs() if absolute else product)
+
+
+def segment_normalize(theta: torch.Tensor, offsets: torch.Tensor, kind: str) -> torch.Tensor:
+    """Divides each segment of theta by its own norm.
+
+    Args:
+        theta: (U,) floating.
+        offsets: (L + 1,) int64, ascending from 0 to U: segment l is offsets[l] to offsets[l + 1].
+        kind: `"l2"`: the Euclidean norm; `"mean"`, `"max"`: of the absolute values.
+
+    Returns:
+        (U,); a segment of zeros stays zero. Large and small values neither overflow nor vanish: the
+        segment is divided by its largest first.
+    """
+    out = theta.clone()
+    bounds = offsets.tolist()
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        segment = theta[start:stop]
+        if start == stop:
+            continue
+        largest = segment.abs().max()
+        if largest == 0:
+            continue
+        unit = segment / largest
+        size = {
+            "l2": lambda u: u.square().sum().sqrt(),
+            "mean": lambda u: u.abs().mean(),
+            "max": lambda u: u.abs().max(),
+        }[kind](unit)
+        out[start:stop] = unit / size
+    return out

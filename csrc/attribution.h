@@ -1,0 +1,91 @@
+// The contract of the native kernels: what each launch reads, writes and means.
+//
+// Tensors are (N, C, P), P positions, in one of two layouts: kChannelsFirst stores a channel's positions
+// next to each other, kChannelsLast a position's channels. All tensors of a call share one layout, and
+// none overlap unless a comment allows it. float, bfloat16 and half compute in float, double in double:
+// that is the *compute type*, in which scale, shift and the sums s are stored.
+//
+// Sums are the same bits for any number of threads: work is cut into pieces by shape alone, each piece
+// is summed by one thread, and the pieces are added in order.
+//
+// The meaning of every op, in plain PyTorch, is attrfast/reference.py.
+#pragma once
+
+#include <cstdint>
+
+namespace attrfast {
+
+enum Dtype : int { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3 };
+enum Layout : int { kChannelsFirst = 0, kChannelsLast = 1 };
+enum Attribute : int { kNone = 0, kOutput = 1, kBranch = 2 };
+
+struct Shape {
+  int64_t n, c, p;
+  Layout layout;
+};
+
+// y = clamp(z * scale + shift + residual, lower, upper). y may be z. Null means 1, 0 and 0.
+struct AffineRelu {
+  const void *z, *scale, *shift, *residual;
+  void* y;
+  double lower, upper;
+};
+
+// g1 = where(lower < a < upper [and g > 0], g, 0); gz = g1 * scale.
+// s[n, c] = sum over p of a * g (kOutput) or (a - residual) * g1 (kBranch).
+// g1 may be null or g; gz may be g where g1 is null; s is read with kNone by nobody.
+struct AffineReluBackward {
+  const void *a, *g, *scale, *residual;
+  void *g1, *gz, *s;
+  double lower, upper;
+  bool guided;
+  Attribute attribute;
+};
+
+// s[n, c] = sum over p of x * g, or of |x * g|.
+struct Attribution {
+  const void *x, *g;
+  void* s;
+  bool absolute;
+};
+
+// Geometry of a 2-d max-pooling: input (h, w), output (rows, columns).
+struct Pool {
+  int64_t h, w, rows, columns;
+  int64_t kernel[2], stride[2], padding[2];
+};
+
+// p = max over each window of clamp(z * scale + shift); code = place of the maximum in its window.
+struct AffineReluMaxPool {
+  const void *z, *scale, *shift;
+  void* p;
+  uint8_t* code;
+  double lower, upper;
+};
+
+// gz = scale * where(clamp passes, sum of the g of the windows whose maximum is here, 0).
+struct AffineReluMaxPoolBackward {
+  const void *p, *g, *scale;
+  const uint8_t* code;
+  void* gz;
+  double lower, upper;
+  bool guided;
+};
+
+// One set of kernels, compiled for one instruction set.
+struct Kernels {
+  const char* isa;
+  void (*affine_relu)(Dtype, const Shape&, const AffineRelu&, int threads);
+  void (*affine_relu_backward)(Dtype, const Shape&, const AffineReluBackward&, int threads);
+  void (*attribution)(Dtype, const Shape&, const Attribution&, int threads);
+  // Here the shape's p is that of the pooled tensor.
+  void (*affine_relu_max_pool)(Dtype, const Shape&, const Pool&, const AffineReluMaxPool&, int threads);
+  void (*affine_relu_max_pool_backward)(Dtype, const Shape&, const Pool&,
+                                        const AffineReluMaxPoolBackward&, int threads);
+};
+
+const Kernels* baseline_kernels();
+const Kernels* avx2_kernels();    // null where the compiler's target is not x86-64
+const Kernels* avx512_kernels();  // likewise
+
+}  // namespace attrfast

@@ -1,0 +1,314 @@
+// The CPU kernels, compiled once per instruction set: the including file defines ATTRFAST_ISA (a
+// namespace name) and ATTRFAST_ISA_NAME, and passes the compiler the set's flags.
+//
+// Everything lives in that namespace and nothing comes from the standard library's templates, because
+// the linker keeps one copy of an inline function and could pick one the processor can't run.
+#include <cstdint>
+
+#include "../attribution.h"
+
+namespace attrfast {
+namespace ATTRFAST_ISA {
+
+#include "scalar.h"
+
+template <class T>
+using Compute = typename Element<T>::Compute;
+
+// Positions summed in the compute type before they are added to a double: keeps float sums exact to a
+// few ulp however large the map, at no cost that can be measured.
+constexpr int64_t kBlock = 512;
+// The same for channels-last, where adding to the doubles is a pass over all channels.
+constexpr int64_t kRows = 64;
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How a channels-last tensor is cut into pieces of whole positions: by shape alone.
+struct Pieces {
+  int64_t per_sample, positions;
+  explicit Pieces(const Shape& s)
+      : per_sample(larger(1, smaller(ceil_div(32, larger(1, s.n)), ceil_div(s.p, kRows)))),
+        positions(ceil_div(s.p, per_sample)) {}
+};
+
+// A per-channel vector, with a constant where there is none.
+template <class C>
+class PerChannel {
+ public:
+  PerChannel(const void* given, int64_t channels, C otherwise)
+      : own_(given ? nullptr : new C[channels]), data_(given ? static_cast<const C*>(given) : own_) {
+    for (int64_t i = 0; own_ && i < channels; ++i) own_[i] = otherwise;
+  }
+  ~PerChannel() { delete[] own_; }
+  PerChannel(const PerChannel&) = delete;
+  PerChannel& operator=(const PerChannel&) = delete;
+  const C* data() const { return data_; }
+
+ private:
+  C* own_;
+  const C* data_;
+};
+
+// Sums over positions of a channels-last tensor: body(row, acc) adds position `row` of channels 0..C
+// into acc. s gets the totals.
+template <class C, class Body>
+static void sum_channels_last(const Shape& shape, void* s_out, bool wanted, int threads, Body body) {
+  const Pieces pieces(shape);
+  const int64_t count = shape.n * pieces.per_sample, channels = shape.c;
+  double* partial = wanted ? new double[count * channels] : nullptr;
+#pragma omp parallel num_threads(threads)
+  {
+    C* acc = new C[channels];
+#pragma omp for schedule(static)
+    for (int64_t piece = 0; piece < count; ++piece) {
+      const int64_t n = piece / pieces.per_sample;
+      const int64_t first = (piece % pieces.per_sample) * pieces.positions;
+      const int64_t last = smaller(first + pieces.positions, shape.p);
+      double* sum = partial + piece * channels;
+      for (int64_t c = 0; wanted && c < channels; ++c) sum[c] = 0;
+      for (int64_t start = first; start < last; start += kRows) {
+        for (int64_t c = 0; c < channels; ++c) acc[c] = 0;
+        const int64_t stop = smaller(start + kRows, last);
+        for (int64_t p = start; p < stop; ++p) body((n * shape.p + p) * channels, acc);
+        if (wanted) {
+#pragma omp simd
+          for (int64_t c = 0; c < channels; ++c) sum[c] += acc[c];
+        }
+      }
+    }
+    delete[] acc;
+  }
+  if (!wanted) return;
+  C* s = static_cast<C*>(s_out);
+  for (int64_t n = 0; n < shape.n; ++n) {
+    for (int64_t c = 0; c < channels; ++c) {
+      double total = 0;
+      for (int64_t i = 0; i < pieces.per_sample; ++i)
+        total += partial[(n * pieces.per_sample + i) * channels + c];
+      s[n * channels + c] = static_cast<C>(total);
+    }
+  }
+  delete[] partial;
+}
+
+// -- affine_relu ------------------------------------------------------------------------------------
+
+template <class C>
+static inline C clamp(C y, C lower, C upper) {
+  y = y < lower ? lower : y;  // comparisons with NaN are false, so NaN stays
+  return y > upper ? upper : y;
+}
+
+template <class T, bool kResidual>
+static void affine_relu_typed(const Shape& shape, const AffineRelu& op, int threads) {
+  using E = Element<T>;
+  using C = Compute<T>;
+  const T* z = static_cast<const T*>(op.z);
+  const T* r = static_cast<const T*>(op.residual);
+  T* y = static_cast<T*>(op.y);
+  const C lower = static_cast<C>(op.lower), upper = static_cast<C>(op.upper);
+  const PerChannel<C> scales(op.scale, shape.c, 1), shifts(op.shift, shape.c, 0);
+  const C *scale = scales.data(), *shift = shifts.data();
+  if (shape.layout == kChannelsFirst) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < shape.n * shape.c; ++row) {
+      const C a = scale[row % shape.c], b = shift[row % shape.c];
+      const int64_t start = row * shape.p;
+#pragma omp simd
+      for (int64_t i = start; i < start + shape.p; ++i) {
+        C v = E::load(z[i]) * a + b;
+        if (kResidual) v += E::load(r[i]);
+        y[i] = E::store(clamp(v, lower, upper));
+      }
+    }
+  } else {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < shape.n * shape.p; ++row) {
+      const int64_t start = row * shape.c;
+#pragma omp simd
+      for (int64_t c = 0; c < shape.c; ++c) {
+        C v = E::load(z[start + c]) * scale[c] + shift[c];
+        if (kResidual) v += E::load(r[start + c]);
+        y[start + c] = E::store(clamp(v, lower, upper));
+      }
+    }
+  }
+}
+
+// -- affine_relu_backward ---------------------------------------------------------------------------
+
+// One element; returns what it adds to the attribution.
+template <class T, bool kGuided, bool kSplit, Attribute kWhat>
+static inline Compute<T> backward_element(const T* a_in, const T* g_in, const T* r_in, T* g1, T* gz,
+                                          int64_t i, Compute<T> scale, Compute<T> lower,
+                                          Compute<T> upper) {
+  using E = Element<T>;
+  using C = Compute<T>;
+  const C a = E::load(a_in[i]), g = E::load(g_in[i]);
+  const bool blocked = (a <= lower) | (a >= upper) | (kGuided & !(g > C(0)));
+  const C inside = blocked ? C(0) : g;
+  C flow = 0;
+  if (kWhat == kOutput) flow = a * g;
+  if (kWhat == kBranch) flow = (a - E::load(r_in[i])) * inside;
+  if (kSplit) g1[i] = E::store(inside);
+  gz[i] = E::store(inside * scale);
+  return flow;
+}
+
+template <class T, bool kGuided, bool kSplit, Attribute kWhat>
+static void backward_typed(const Shape& shape, const AffineReluBackward& op, int threads) {
+  using C = Compute<T>;
+  const T* a = static_cast<const T*>(op.a);
+  const T* g = static_cast<const T*>(op.g);
+  const T* r = static_cast<const T*>(op.residual);
+  T* g1 = static_cast<T*>(op.g1);
+  T* gz = static_cast<T*>(op.gz);
+  C* s = static_cast<C*>(op.s);
+  const C lower = static_cast<C>(op.lower), upper = static_cast<C>(op.upper);
+  const PerChannel<C> scales(op.scale, shape.c, 1);
+  const C* scale = scales.data();
+  if (shape.layout == kChannelsFirst) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < shape.n * shape.c; ++row) {
+      const C factor = scale[row % shape.c];
+      const int64_t end = (row + 1) * shape.p;
+      double total = 0;
+      for (int64_t start = row * shape.p; start < end; start += kBlock) {
+        const int64_t stop = smaller(start + kBlock, end);
+        C sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = start; i < stop; ++i)
+          sum += backward_element<T, kGuided, kSplit, kWhat>(a, g, r, g1, gz, i, factor, lower, upper);
+        total += sum;
+      }
+      if (kWhat != kNone) s[row] = static_cast<C>(total);
+    }
+    return;
+  }
+  const int64_t channels = shape.c;
+  sum_channels_last<C>(shape, s, kWhat != kNone, threads, [=](int64_t start, C* acc) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c)
+      acc[c] += backward_element<T, kGuided, kSplit, kWhat>(a, g, r, g1, gz, start + c, scale[c], lower,
+                                                            upper);
+  });
+}
+
+template <class T, bool kGuided, bool kSplit>
+static void backward_what(const Shape& shape, const AffineReluBackward& op, int threads) {
+  switch (op.attribute) {
+    case kNone: return backward_typed<T, kGuided, kSplit, kNone>(shape, op, threads);
+    case kOutput: return backward_typed<T, kGuided, kSplit, kOutput>(shape, op, threads);
+    case kBranch: return backward_typed<T, kGuided, kSplit, kBranch>(shape, op, threads);
+  }
+}
+
+// -- attribution ------------------------------------------------------------------------------------
+
+template <class T, bool kAbsolute>
+static void attribution_typed(const Shape& shape, const Attribution& op, int threads) {
+  using E = Element<T>;
+  using C = Compute<T>;
+  const T* x = static_cast<const T*>(op.x);
+  const T* g = static_cast<const T*>(op.g);
+  C* s = static_cast<C*>(op.s);
+  if (shape.layout == kChannelsFirst) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < shape.n * shape.c; ++row) {
+      const int64_t end = (row + 1) * shape.p;
+      double total = 0;
+      for (int64_t start = row * shape.p; start < end; start += kBlock) {
+        const int64_t stop = smaller(start + kBlock, end);
+        C sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = start; i < stop; ++i) {
+          const C flow = E::load(x[i]) * E::load(g[i]);
+          sum += kAbsolute && flow < 0 ? -flow : flow;
+        }
+        total += sum;
+      }
+      s[row] = static_cast<C>(total);
+    }
+    return;
+  }
+  const int64_t channels = shape.c;
+  sum_channels_last<C>(shape, s, true, threads, [=](int64_t start, C* acc) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      const C flow = E::load(x[start + c]) * E::load(g[start + c]);
+      acc[c] += kAbsolute && flow < 0 ? -flow : flow;
+    }
+  });
+}
+
+#include "max_pool.inl"
+
+// -- dispatch ---------------------------------------------------------------------------------------
+
+#define ATTRFAST_BY_DTYPE(dtype, call)    \
+  switch (dtype) {                        \
+    case kFloat: {                        \
+      using T = float;                    \
+      call;                               \
+    } break;                              \
+    case kDouble: {                       \
+      using T = double;                   \
+      call;                               \
+    } break;                              \
+    case kBFloat16: {                     \
+      using T = BFloat16;                 \
+      call;                               \
+    } break;                              \
+    case kHalf: {                         \
+      using T = Half;                     \
+      call;                               \
+    } break;                              \
+  }
+
+static void affine_relu(Dtype dtype, const Shape& shape, const AffineRelu& op, int threads) {
+  if (op.residual) {
+    ATTRFAST_BY_DTYPE(dtype, (affine_relu_typed<T, true>(shape, op, threads)))
+  } else {
+    ATTRFAST_BY_DTYPE(dtype, (affine_relu_typed<T, false>(shape, op, threads)))
+  }
+}
+
+static void affine_relu_backward(Dtype dtype, const Shape& shape, const AffineReluBackward& op,
+                                 int threads) {
+  const bool split = op.g1 != nullptr;
+  if (op.guided && split) {
+    ATTRFAST_BY_DTYPE(dtype, (backward_what<T, true, true>(shape, op, threads)))
+  } else if (op.guided) {
+    ATTRFAST_BY_DTYPE(dtype, (backward_what<T, true, false>(shape, op, threads)))
+  } else if (split) {
+    ATTRFAST_BY_DTYPE(dtype, (backward_what<T, false, true>(shape, op, threads)))
+  } else {
+    ATTRFAST_BY_DTYPE(dtype, (backward_what<T, false, false>(shape, op, threads)))
+  }
+}
+
+static void attribution(Dtype dtype, const Shape& shape, const Attribution& op, int threads) {
+  if (op.absolute) {
+    ATTRFAST_BY_DTYPE(dtype, (attribution_typed<T, true>(shape, op, threads)))
+  } else {
+    ATTRFAST_BY_DTYPE(dtype, (attribution_typed<T, false>(shape, op, threads)))
+  }
+}
+
+static void affine_relu_max_pool(Dtype dtype, const Shape& shape, const Pool& pool,
+                                 const AffineReluMaxPool& op, int threads) {
+  ATTRFAST_BY_DTYPE(dtype, (max_pool_typed<T>(shape, pool, op, threads)))
+}
+
+static void affine_relu_max_pool_backward(Dtype dtype, const Shape& shape, const Pool& pool,
+                                          const AffineReluMaxPoolBackward& op, int threads) {
+  ATTRFAST_BY_DTYPE(dtype, (max_pool_backward_typed<T>(shape, pool, op, threads)))
+}
+
+static const Kernels kernels = {ATTRFAST_ISA_NAME,    affine_relu,          affine_relu_backward,
+                                attribution,          affine_relu_max_pool, affine_relu_max_pool_backward};
+
+}  // namespace ATTRFAST_ISA
+}  // namespace attrfast
