@@ -99,7 +99,9 @@ class ResNet(nn.Module):
         if blocks < 1:
             raise InputError(f"blocks is {blocks}; a stage needs at least 1")
         if shortcut not in get_args(Shortcut):
-            raise InputError(f'shortcut is {shortcut!r}; use "A" (padding) or "B" (1x1 convolution)')
+            raise InputError(
+                f'shortcut is {shortcut!r}; use "A" (padding) or "B" (1x1 convolution)'
+            )
         stages = [scaled(channels, width) for channels in _STAGES]
         self.conv1 = nn.Conv2d(in_channels, stages[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stages[0])

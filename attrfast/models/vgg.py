@@ -67,8 +67,8 @@ class VGG(nn.Module):
 def vgg16_bn(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> VGG:
     """VGG-16 with batch norm and a 512-unit linear head, for 32x32 images.
 
-    With its default sizes 3.14e8 multiply-adds and 1.47e7 parameters. Five poolings: images must be at
-    least 32 pixels high and wide.
+    With its default sizes 1.47e7 parameters and 3.13e8 multiply-adds in convolutions and the linear layer,
+    3.14e8 with those of the batch norms. Five poolings: images must be at least 32 pixels high and wide.
 
     Source: Simonyan and Zisserman 2014, configuration D, as is usual for CIFAR-10.
     """
