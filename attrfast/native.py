@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from attrfast import _native
-from attrfast.reference import INF, compute_dtype
+from attrfast.reference import INF, compute_dtype, pooled_size
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -347,12 +347,3 @@ class CpuBackend:
             torch.get_num_threads(),
         )
         return s
-
-
-def pooled_size(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    """Output size of a pooling along one axis, by PyTorch's rule."""
-    span = size + 2 * padding - kernel
-    out = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
-    if ceil_mode and (out - 1) * stride >= size + padding:
-        out -= 1  # the last window must start inside the input
-    return out

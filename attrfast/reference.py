@@ -208,6 +208,15 @@ def affine_relu_max_pool_backward(
     return gz.to(g.dtype), s
 
 
+def pooled_size(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    """Output size of a pooling along one axis, by PyTorch's rule."""
+    span = size + 2 * padding - kernel
+    out = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (out - 1) * stride >= size + padding:
+        out -= 1  # the last window must start inside the input
+    return out
+
+
 def attribution(x: torch.Tensor, g: torch.Tensor, absolute: bool = False) -> torch.Tensor:
     """Sum over positions of x * g, or of abs(x * g).
 

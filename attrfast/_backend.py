@@ -1,0 +1,88 @@
+"""Which kernels run: found once, said once, and never replaced silently by others that were not asked for.
+
+Nothing above `attrfast.ops` knows that there is more than one backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attrfast.errors import BackendError
+
+log = logging.getLogger("attrfast")
+
+NAMES = ("cpu", "triton", "cuda", "reference")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A backend and, where it can't be used, why."""
+
+    name: str
+    backend: Any | None
+    reason: str = ""
+
+
+@functools.cache
+def find(name: str) -> Found:
+    """Looks for one backend of `NAMES`."""
+    if name == "reference":
+        from attrfast.plain import ReferenceBackend
+
+        return Found(name, ReferenceBackend())
+    if name == "cpu":
+        try:
+            from attrfast.native import CpuBackend
+        except ImportError as error:
+            return Found(name, None, f"the native module is not built ({error})")
+        return Found(name, CpuBackend())
+    return Found(name, None, f"this version of attrfast has no {name} kernels yet")
+
+
+def asked() -> str | None:
+    """The backend that ATTRFAST_BACKEND names, or None.
+
+    Raises:
+        BackendError: it names none, or one that can't be used here.
+    """
+    name = os.environ.get("ATTRFAST_BACKEND", "").strip().lower() or None
+    if name is None:
+        return None
+    if name not in NAMES:
+        raise BackendError(f"ATTRFAST_BACKEND={name!r} is none of {', '.join(NAMES)}")
+    found = find(name)
+    if found.backend is None:
+        raise BackendError(
+            f"ATTRFAST_BACKEND={name} can't be used: {found.reason}; unset it, or see "
+            f"`python -m attrfast.env`"
+        )
+    return name
+
+
+@functools.cache
+def _preferred(kind: str, forced: str | None) -> Any:
+    if forced is not None:
+        if forced == "cpu" and kind != "cpu":
+            raise BackendError(f"ATTRFAST_BACKEND=cpu can't be used on a tensor on {kind}")
+        return find(forced).backend
+    if kind == "cpu":
+        found = find("cpu")
+        if found.backend is not None:
+            return found.backend
+        log.warning("attrfast runs its plain PyTorch ops on the CPU: %s", found.reason)
+    return find("reference").backend
+
+
+def backend_for(device: torch.device) -> Any:
+    """The backend for tensors on a device: the fastest found, or the one asked for.
+
+    Raises:
+        BackendError: ATTRFAST_BACKEND asks for one that can't be used.
+    """
+    return _preferred(device.type, asked())

@@ -1,0 +1,36 @@
+"""The backend of last resort: the definitions in `attrfast.reference`, on any device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attrfast import reference
+
+Tensor = torch.Tensor
+
+
+class ReferenceBackend:
+    """The ops by their definitions; the in-place forms copy the result back."""
+
+    name = "reference"
+    affine_relu = staticmethod(reference.affine_relu)
+    affine_relu_backward = staticmethod(reference.affine_relu_backward)
+    affine_add_relu_backward = staticmethod(reference.affine_add_relu_backward)
+    affine_relu_max_pool = staticmethod(reference.affine_relu_max_pool)
+    affine_relu_max_pool_backward = staticmethod(reference.affine_relu_max_pool_backward)
+    attribution = staticmethod(reference.attribution)
+
+    def affine_relu_(self, z: Tensor, *args: Any) -> None:
+        z.copy_(reference.affine_relu(z, *args))
+
+    def affine_relu_backward_(self, a: Tensor, g: Tensor, *args: Any) -> Tensor:
+        gz, s = reference.affine_relu_backward(a, g, *args)
+        g.copy_(gz)
+        return s
+
+    def affine_add_relu_backward_(self, a: Tensor, g: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        g1, gz, s = reference.affine_add_relu_backward(a, g, *args)
+        g.copy_(g1)
+        return gz, s
