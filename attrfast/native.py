@@ -260,9 +260,7 @@ class CpuBackend:
     ) -> tuple[Tensor, Tensor]:
         z, layout = _common(z)
         size = z.shape[2:]
-        pooled = [
-            pooled_size(size[i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)
-        ]
+        pooled = [pooled_size(size[i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)]
         p = _empty(z, layout, (*z.shape[:2], *pooled))
         code = torch.empty_like(p, dtype=torch.uint8)
         scale, shift = _vector(scale), _vector(shift)

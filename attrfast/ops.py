@@ -8,7 +8,7 @@ forms end in `_`. Code below the dispatcher, which has checked shapes already, m
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Tuple  # noqa: UP035 - read by torch's schema inference
+from typing import Any
 
 import torch
 
@@ -35,7 +35,9 @@ Tensor = torch.Tensor
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _check(op: str, x: Tensor, same: dict[str, Tensor | None], vectors: dict[str, Tensor | None]) -> None:
+def _check(
+    op: str, x: Tensor, same: dict[str, Tensor | None], vectors: dict[str, Tensor | None]
+) -> None:
     """Shapes, dtypes and devices that every op needs.
 
     Raises:
@@ -51,7 +53,9 @@ def _check(op: str, x: Tensor, same: dict[str, Tensor | None], vectors: dict[str
         if other is None:
             continue
         if other.shape != x.shape:
-            raise InputError(f"{op}: {name} has shape {tuple(other.shape)}, expected {tuple(x.shape)}")
+            raise InputError(
+                f"{op}: {name} has shape {tuple(other.shape)}, expected {tuple(x.shape)}"
+            )
         if other.dtype != x.dtype:
             raise InputError(f"{op}: {name} has dtype {other.dtype}, expected {x.dtype}")
         if other.device != x.device:
@@ -70,7 +74,9 @@ def _check(op: str, x: Tensor, same: dict[str, Tensor | None], vectors: dict[str
             raise InputError(f"{op}: {name} is on {vector.device}, expected {x.device}")
 
 
-def _check_pool(op: str, x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> None:
+def _check_pool(
+    op: str, x: Tensor, kernel: list[int], stride: list[int], padding: list[int]
+) -> None:
     if x.dim() != 4:
         raise InputError(f"{op}: shape {tuple(x.shape)} must be (N, C, H, W)")
     for name, pair in (("kernel", kernel), ("stride", stride), ("padding", padding)):
@@ -87,6 +93,11 @@ def _check_pool(op: str, x: Tensor, kernel: list[int], stride: list[int], paddin
         )
 
 
+def _bounds(lower: float | None, upper: float | None) -> tuple[float, float]:
+    """None means that there is no bound (a schema can't say infinity)."""
+    return -INF if lower is None else lower, INF if upper is None else upper
+
+
 def _sums(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
 
@@ -97,18 +108,18 @@ def _sums(x: Tensor) -> Tensor:
 @torch.library.custom_op("attrfast::affine_relu", mutates_args=())
 def affine_relu(
     z: Tensor,
-    scale: Optional[Tensor] = None,  # noqa: UP045
-    shift: Optional[Tensor] = None,  # noqa: UP045
-    residual: Optional[Tensor] = None,  # noqa: UP045
-    lower: float = 0.0,
-    upper: float = INF,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    lower: float | None = 0.0,
+    upper: float | None = None,
 ) -> Tensor:
     """clamp(z * scale + shift + residual, lower, upper); differentiable in z and residual.
 
     See `attrfast.reference.affine_relu` for shapes and dtypes.
     """
     _check("affine_relu", z, {"residual": residual}, {"scale": scale, "shift": shift})
-    return backend_for(z.device).affine_relu(z, scale, shift, residual, lower, upper)  # type: ignore[no-any-return]
+    return backend_for(z.device).affine_relu(z, scale, shift, residual, *_bounds(lower, upper))  # type: ignore[no-any-return]
 
 
 @affine_relu.register_fake
@@ -117,8 +128,8 @@ def _(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
-    lower: float = 0.0,
-    upper: float = INF,
+    lower: float | None = 0.0,
+    upper: float | None = None,
 ) -> Tensor:
     return torch.empty_like(z)
 
@@ -147,15 +158,15 @@ affine_relu.register_autograd(_affine_relu_gradients, setup_context=_save_affine
 @torch.library.custom_op("attrfast::affine_relu_", mutates_args=("z",))
 def affine_relu_(
     z: Tensor,
-    scale: Optional[Tensor] = None,  # noqa: UP045
-    shift: Optional[Tensor] = None,  # noqa: UP045
-    residual: Optional[Tensor] = None,  # noqa: UP045
-    lower: float = 0.0,
-    upper: float = INF,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    lower: float | None = 0.0,
+    upper: float | None = None,
 ) -> None:
     """`affine_relu` in place of z; not differentiable."""
     _check("affine_relu_", z, {"residual": residual}, {"scale": scale, "shift": shift})
-    backend_for(z.device).affine_relu_(z, scale, shift, residual, lower, upper)
+    backend_for(z.device).affine_relu_(z, scale, shift, residual, *_bounds(lower, upper))
 
 
 # -- its backward, with the attribution -------------------------------------------------------------------
@@ -165,15 +176,17 @@ def affine_relu_(
 def affine_relu_backward(
     a: Tensor,
     g: Tensor,
-    scale: Optional[Tensor] = None,  # noqa: UP045
-    lower: float = 0.0,
-    upper: float = INF,
+    scale: Tensor | None = None,
+    lower: float | None = 0.0,
+    upper: float | None = None,
     guided: bool = False,
     attribute: bool = True,
-) -> Tuple[Tensor, Tensor]:  # noqa: UP006
+) -> tuple[Tensor, Tensor]:
     """(gz, s): see `attrfast.reference.affine_relu_backward`."""
     _check("affine_relu_backward", a, {"g": g}, {"scale": scale})
-    out = backend_for(a.device).affine_relu_backward(a, g, scale, lower, upper, guided, attribute)
+    out = backend_for(a.device).affine_relu_backward(
+        a, g, scale, *_bounds(lower, upper), guided, attribute
+    )
     return out  # type: ignore[no-any-return]
 
 
@@ -182,8 +195,8 @@ def _(
     a: Tensor,
     g: Tensor,
     scale: Tensor | None = None,
-    lower: float = 0.0,
-    upper: float = INF,
+    lower: float | None = 0.0,
+    upper: float | None = None,
     guided: bool = False,
     attribute: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -194,15 +207,17 @@ def _(
 def affine_relu_backward_(
     a: Tensor,
     g: Tensor,
-    scale: Optional[Tensor] = None,  # noqa: UP045
-    lower: float = 0.0,
-    upper: float = INF,
+    scale: Tensor | None = None,
+    lower: float | None = 0.0,
+    upper: float | None = None,
     guided: bool = False,
     attribute: bool = True,
 ) -> Tensor:
     """s; g becomes gz."""
     _check("affine_relu_backward_", a, {"g": g}, {"scale": scale})
-    out = backend_for(a.device).affine_relu_backward_(a, g, scale, lower, upper, guided, attribute)
+    out = backend_for(a.device).affine_relu_backward_(
+        a, g, scale, *_bounds(lower, upper), guided, attribute
+    )
     return out  # type: ignore[no-any-return]
 
 
@@ -211,8 +226,8 @@ def _(
     a: Tensor,
     g: Tensor,
     scale: Tensor | None = None,
-    lower: float = 0.0,
-    upper: float = INF,
+    lower: float | None = 0.0,
+    upper: float | None = None,
     guided: bool = False,
     attribute: bool = True,
 ) -> Tensor:
@@ -223,18 +238,18 @@ def _(
 def affine_add_relu_backward(
     a: Tensor,
     g: Tensor,
-    residual: Optional[Tensor] = None,  # noqa: UP045
-    scale: Optional[Tensor] = None,  # noqa: UP045
-    lower: float = 0.0,
-    upper: float = INF,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    lower: float | None = 0.0,
+    upper: float | None = None,
     guided: bool = False,
     attribute: int = 1,
-) -> Tuple[Tensor, Tensor, Tensor]:  # noqa: UP006
+) -> tuple[Tensor, Tensor, Tensor]:
     """(g1, gz, s): see `attrfast.reference.affine_add_relu_backward`."""
     _check_branch("affine_add_relu_backward", residual, attribute)
     _check("affine_add_relu_backward", a, {"g": g, "residual": residual}, {"scale": scale})
     out = backend_for(a.device).affine_add_relu_backward(
-        a, g, residual, scale, lower, upper, guided, attribute
+        a, g, residual, scale, *_bounds(lower, upper), guided, attribute
     )
     return out  # type: ignore[no-any-return]
 
@@ -245,8 +260,8 @@ def _(
     g: Tensor,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
-    lower: float = 0.0,
-    upper: float = INF,
+    lower: float | None = 0.0,
+    upper: float | None = None,
     guided: bool = False,
     attribute: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,18 +272,18 @@ def _(
 def affine_add_relu_backward_(
     a: Tensor,
     g: Tensor,
-    residual: Optional[Tensor] = None,  # noqa: UP045
-    scale: Optional[Tensor] = None,  # noqa: UP045
-    lower: float = 0.0,
-    upper: float = INF,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    lower: float | None = 0.0,
+    upper: float | None = None,
     guided: bool = False,
     attribute: int = 1,
-) -> Tuple[Tensor, Tensor]:  # noqa: UP006
+) -> tuple[Tensor, Tensor]:
     """(gz, s); g becomes g1."""
     _check_branch("affine_add_relu_backward_", residual, attribute)
     _check("affine_add_relu_backward_", a, {"g": g, "residual": residual}, {"scale": scale})
     out = backend_for(a.device).affine_add_relu_backward_(
-        a, g, residual, scale, lower, upper, guided, attribute
+        a, g, residual, scale, *_bounds(lower, upper), guided, attribute
     )
     return out  # type: ignore[no-any-return]
 
@@ -279,8 +294,8 @@ def _(
     g: Tensor,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
-    lower: float = 0.0,
-    upper: float = INF,
+    lower: float | None = 0.0,
+    upper: float | None = None,
     guided: bool = False,
     attribute: int = 1,
 ) -> tuple[Tensor, Tensor]:
@@ -300,20 +315,20 @@ def _check_branch(op: str, residual: Tensor | None, attribute: int) -> None:
 @torch.library.custom_op("attrfast::affine_relu_max_pool", mutates_args=())
 def affine_relu_max_pool(
     z: Tensor,
-    scale: Optional[Tensor],  # noqa: UP045
-    shift: Optional[Tensor],  # noqa: UP045
-    kernel: List[int],  # noqa: UP006
-    stride: List[int],  # noqa: UP006
-    padding: List[int],  # noqa: UP006
+    scale: Tensor | None,
+    shift: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
     ceil_mode: bool = False,
-    lower: float = 0.0,
-    upper: float = INF,
-) -> Tuple[Tensor, Tensor]:  # noqa: UP006
+    lower: float | None = 0.0,
+    upper: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """(p, code); differentiable in z. See `attrfast.reference.affine_relu_max_pool`."""
     _check("affine_relu_max_pool", z, {}, {"scale": scale, "shift": shift})
     _check_pool("affine_relu_max_pool", z, kernel, stride, padding)
     out = backend_for(z.device).affine_relu_max_pool(
-        z, scale, shift, kernel, stride, padding, ceil_mode, lower, upper
+        z, scale, shift, kernel, stride, padding, ceil_mode, *_bounds(lower, upper)
     )
     return out  # type: ignore[no-any-return]
 
@@ -327,8 +342,8 @@ def _(
     stride: list[int],
     padding: list[int],
     ceil_mode: bool = False,
-    lower: float = 0.0,
-    upper: float = INF,
+    lower: float | None = 0.0,
+    upper: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     size = [
         pooled_size(z.shape[2 + i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)
@@ -374,16 +389,16 @@ def affine_relu_max_pool_backward(
     p: Tensor,
     code: Tensor,
     g: Tensor,
-    scale: Optional[Tensor],  # noqa: UP045
-    size: List[int],  # noqa: UP006
-    kernel: List[int],  # noqa: UP006
-    stride: List[int],  # noqa: UP006
-    padding: List[int],  # noqa: UP006
-    lower: float = 0.0,
-    upper: float = INF,
+    scale: Tensor | None,
+    size: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    lower: float | None = 0.0,
+    upper: float | None = None,
     guided: bool = False,
     attribute: bool = True,
-) -> Tuple[Tensor, Tensor]:  # noqa: UP006
+) -> tuple[Tensor, Tensor]:
     """(gz, s): see `attrfast.reference.affine_relu_max_pool_backward`."""
     _check("affine_relu_max_pool_backward", p, {"g": g}, {"scale": scale})
     _check_pool("affine_relu_max_pool_backward", p, kernel, stride, padding)
@@ -393,7 +408,7 @@ def affine_relu_max_pool_backward(
             f"{code.dtype} {tuple(code.shape)}"
         )
     out = backend_for(p.device).affine_relu_max_pool_backward(
-        p, code, g, scale, size, kernel, stride, padding, lower, upper, guided, attribute
+        p, code, g, scale, size, kernel, stride, padding, *_bounds(lower, upper), guided, attribute
     )
     return out  # type: ignore[no-any-return]
 
@@ -408,8 +423,8 @@ def _(
     kernel: list[int],
     stride: list[int],
     padding: list[int],
-    lower: float = 0.0,
-    upper: float = INF,
+    lower: float | None = 0.0,
+    upper: float | None = None,
     guided: bool = False,
     attribute: bool = True,
 ) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,8 @@ class Augmentation:
             column = left + torch.arange(width)
             sample = torch.arange(count)[:, None, None]
             # Indices on both sides of a slice put the channel last.
-            images = padded[sample, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
+            moved = padded[sample, :, row[:, :, None], column[:, None, :]]
+            images = moved.permute(0, 3, 1, 2).contiguous()
         if self.flip:
             mirrored = torch.rand(count, generator=generator) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
