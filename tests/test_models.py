@@ -43,8 +43,8 @@ def parameters(model: nn.Module) -> int:
 @pytest.mark.parametrize(
     ("name", "options", "shape", "expected_macs", "expected_parameters"),
     [
-        # 4.055e7 and 1.255e8 multiply-adds, 0.27, 0.46, 0.66, 0.85 and 1.7 million parameters are the
-        # figures usually given for the paper's networks (option A).
+        # 4.055e7 and 1.255e8 multiply-adds, 0.27, 0.46, 0.66, 0.85 and 1.7 million parameters are
+        # the figures usually given for the paper's networks (option A).
         ("resnet20", {"shortcut": "A"}, (3, 32, 32), 40_551_040, 269_722),
         ("resnet32", {"shortcut": "A"}, (3, 32, 32), 68_862_592, 464_154),
         ("resnet44", {"shortcut": "A"}, (3, 32, 32), 97_174_144, 658_586),
@@ -93,8 +93,6 @@ def test_every_parameter_gets_a_gradient(name: str, shape: tuple[int, ...]) -> N
     assert logits.shape == (4, 7)
     nn.functional.cross_entropy(logits, torch.arange(4)).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # vgg16_bn at 32 pixels ends with one position, where padding hides the outer weights' inputs but
-    # never a whole tensor.
     assert without == []
 
 

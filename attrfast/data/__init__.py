@@ -1,7 +1,7 @@
 """Image sets ready for training and pruning. Nothing is downloaded unless asked for.
 
-torchvision and scikit-learn are imported when a set is opened; `pip install "attrfast[data]"` brings
-them.
+torchvision and scikit-learn are imported when a set is opened; `pip install "attrfast[data]"`
+brings them.
 """
 
 from attrfast.data.cifar import cifar10

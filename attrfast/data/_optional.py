@@ -18,5 +18,6 @@ def require(module: str, *, of: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise BackendError(
-            f'this data set needs {of}, which could not be imported ({error}); pip install "attrfast[data]"'
+            f"this data set needs {of}, which could not be imported ({error}); "
+            f'pip install "attrfast[data]"'
         ) from error

@@ -1,4 +1,4 @@
-"""The handwritten digits that come inside scikit-learn: 1,797 grey images of 8x8 pixels, no download."""
+"""The handwritten digits inside scikit-learn: 1,797 grey images of 8x8 pixels, no download."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def digits(
     augment: bool = False,
     seed: int = 0,
 ) -> Splits:
-    """Opens scikit-learn's digits: 360 test images, `val_size` for validation, the rest for training.
+    """Opens the digits: 360 test images, `val_size` for validation, the rest for training.
 
     The set has no official split; the test images are the same for every `seed`.
 
@@ -47,7 +47,7 @@ def digits(
     # To 240 levels, so that interpolated values keep their fractions in a byte.
     images = (pixels * 15).round().to(torch.uint8)
     labels = torch.from_numpy(bunch.target).long()
-    rest, (test,) = hold_out(labels, [_TEST], seed=0)
+    rest, test = hold_out(labels, _TEST, seed=0)
     return array_splits(
         (images[rest], labels[rest]),
         (images[test], labels[test]),

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 grey images of 28x28 pixels in ten classes of clothing, read from IDX files."""
+"""Fashion-MNIST: 70,000 grey images of 28x28 pixels in ten classes, read from IDX files."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def fashion_mnist(
 
     Args:
         root: folder with the four files `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`,
-            `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte`, each plain or with `.gz`. Default:
-            where Debian's package dataset-fashion-mnist puts them.
+            `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte`, each plain or with `.gz`.
+            Default: where Debian's package dataset-fashion-mnist puts them.
         batch_size, eval_batch_size: images in a batch of the training and of the other loaders.
         val_size: images held out of the training set.
         augment: shift training images by up to 2 pixels and mirror them.
@@ -63,8 +63,8 @@ def _read(folder: Path, part: str) -> Batch:
     images, labels = read_idx(image_file), read_idx(label_file).long()
     if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels):
         raise InputError(
-            f"{image_file} and {label_file} do not belong together: shapes {tuple(images.shape)} and "
-            f"{tuple(labels.shape)}"
+            f"{image_file} and {label_file} do not belong together: shapes "
+            f"{tuple(images.shape)} and {tuple(labels.shape)}"
         )
     if len(labels) and int(labels.max()) >= len(CLASSES):
         raise InputError(f"{label_file} has label {int(labels.max())}; Fashion-MNIST has 0 to 9")
@@ -76,6 +76,6 @@ def _find(folder: Path, name: str) -> Path:
         if candidate.is_file():
             return candidate
     raise InputError(
-        f"Fashion-MNIST's {name}[.gz] is not in {folder}; `apt install dataset-fashion-mnist` puts it in "
-        f"{DEBIAN_ROOT}, or give the folder that holds it as `root`"
+        f"Fashion-MNIST's {name}[.gz] is not in {folder}; `apt install dataset-fashion-mnist` puts "
+        f"it in {DEBIAN_ROOT}, or give the folder that holds it as `root`"
     )

@@ -1,4 +1,4 @@
-"""Oxford Flowers-102 through torchvision: 8,189 photographs in 102 classes, read from disk as needed."""
+"""Oxford Flowers-102 through torchvision: 8,189 photographs in 102 classes, read as needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def flowers102(
     workers: int = 2,
     seed: int = 0,
 ) -> Splits:
-    """Opens Flowers-102 with its official split: 1,020 training, 1,020 validation and 6,149 test images.
+    """Opens Flowers-102 with its official split into 1,020, 1,020 and 6,149 images.
 
     Args:
         root: folder that holds `flowers-102`, or shall hold it.
@@ -37,8 +37,8 @@ def flowers102(
         batch_size, eval_batch_size: images in a batch of the training and of the other loaders.
         augment: random cuts and mirroring of training images; otherwise the middle is cut out.
         workers: processes that decode photographs; 0 decodes in the calling one.
-        seed: of the shuffling and, with workers, of the augmentation (without, torchvision draws from
-            the global random state).
+        seed: of the shuffling and, with workers, of the augmentation (without, torchvision draws
+            from the global random state).
 
     Raises:
         BackendError: torchvision is not installed.
@@ -77,7 +77,7 @@ def flowers102(
 
 
 def _transforms(size: int) -> tuple[Any, Any]:
-    """The middle of the photograph, and a random cut of it; both normalised tensors (3, size, size)."""
+    """The middle of the photograph, and a random cut; both normalised, (3, size, size)."""
     t = require("torchvision.transforms", of="torchvision")
     tail = [t.ToTensor(), t.Normalize(MEAN, STD)]
     plain = t.Compose([t.Resize(round(size * 256 / 224)), t.CenterCrop(size), *tail])

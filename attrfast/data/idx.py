@@ -1,7 +1,8 @@
 """Reader of the IDX format, in which the MNIST family of image sets is published.
 
-A file is two zero bytes, a type byte, the number of dimensions, each dimension as a big-endian 32-bit
-integer, and the values. Source: LeCun, Cortes and Burges, "The MNIST database of handwritten digits".
+A file is two zero bytes, a type byte, the number of dimensions, each dimension as a big-endian
+32-bit integer, and the values. Source: LeCun, Cortes and Burges, "The MNIST database of handwritten
+digits".
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ class Augmentation:
 class ImageArray(Dataset[Batch]):
     """Images and labels in memory, cut into batches by one indexing operation.
 
-    Items are asked for by batches: a loader over it gets a list of indices and returns the batch, which
-    makes worker processes superfluous.
+    Items are asked for by batches: a loader over it gets a list of indices and returns the batch,
+    which makes worker processes superfluous.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -130,7 +130,7 @@ class ImageArray(Dataset[Batch]):
 
 
 def array_loader(data: ImageArray, batch_size: int, *, shuffle: bool, seed: int) -> DataLoader[Any]:
-    """A loader over images in memory; with its own random state, so that it leaves the global one alone."""
+    """A loader over images in memory, with a random state of its own."""
     check_batch_size(batch_size)
     return DataLoader(
         data,
@@ -141,7 +141,7 @@ def array_loader(data: ImageArray, batch_size: int, *, shuffle: bool, seed: int)
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -151,38 +151,35 @@ def check_batch_size(batch_size: int) -> None:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
 
 
-def hold_out(
-    labels: torch.Tensor, sizes: Sequence[int], seed: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Draws held-out subsets at random, with every class in its share (to within one image).
+def hold_out(labels: torch.Tensor, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws a held-out subset at random, with every class in its share (to within one image).
 
     Args:
         labels: (N,) labels of the whole set.
-        sizes: images in each subset.
-        seed: the same seed draws the same subsets.
+        size: images in the subset.
+        seed: the same seed draws the same subset.
 
     Returns:
-        Indices of what remains, ascending, and of each subset.
+        Indices of what remains and of the subset, both ascending.
 
     Raises:
-        InputError: a size is below 1, or nothing would remain.
+        InputError: the size is below 1, or nothing would remain.
     """
-    if min(sizes) < 1 or sum(sizes) >= len(labels):
+    if not 1 <= size < len(labels):
         raise InputError(
-            f"cannot hold out {' + '.join(map(str, sizes))} of {len(labels)} images; hold out at least "
-            f"one and leave at least one"
+            f"cannot hold out {size} of {len(labels)} images; hold out at least one and leave at "
+            f"least one"
         )
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
-    # Every image gets its rank within its class as a fraction of the class; ordered by that, any run of
-    # images has the classes in their shares.
+    # Every image gets its rank within its class as a fraction of the class; ordered by that, any
+    # run of images has the classes in their shares.
     order = torch.empty(len(labels))
-    for label in labels.unique():
+    for label in set(labels.tolist()):
         members = shuffled[labels[shuffled] == label]
         order[members] = (torch.arange(len(members)) + 0.5) / len(members)
     mixed = shuffled[order[shuffled].argsort(stable=True)]
-    *subsets, rest = mixed.split([*sizes, len(labels) - sum(sizes)])
-    return rest.sort().values, [subset.sort().values for subset in subsets]
+    return mixed[size:].sort().values, mixed[:size].sort().values
 
 
 def array_splits(
@@ -199,9 +196,9 @@ def array_splits(
     augment: Augmentation | None,
     seed: int,
 ) -> Splits:
-    """Loaders over a training and a test set in memory; `val_size` images of the former are held out."""
+    """Loaders over sets in memory; `val_size` images of the training set are held out."""
     images, labels = train
-    kept, (held,) = hold_out(labels, [val_size], seed)
+    kept, held = hold_out(labels, val_size, seed)
 
     def loader(data: Batch, size: int, changes: Augmentation | None, shuffle: bool) -> Any:
         array = ImageArray(*data, mean=mean, std=std, peak=peak, augment=changes, seed=seed)

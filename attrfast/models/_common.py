@@ -30,8 +30,8 @@ def scaled(channels: int, width: float) -> int:
 def initialise(model: nn.Module) -> None:
     """He initialisation for convolutions, small normal weights for linear layers, in place.
 
-    Source: He et al. 2015, "Delving Deep into Rectifiers" (fan-out form, which keeps the size of the
-    gradients from layer to layer).
+    Source: He et al. 2015, "Delving Deep into Rectifiers" (fan-out form, which keeps the size of
+    the gradients from layer to layer).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

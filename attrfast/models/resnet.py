@@ -20,7 +20,7 @@ _STAGES: Final = (16, 32, 64)
 
 
 class PaddedShortcut(nn.Module):
-    """Option A: every second pixel, and constant zeros for the channels that are added. No weights."""
+    """Option A: every second pixel, and constant zeros for the added channels. No weights."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -69,17 +69,17 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """One convolution, three stages of `blocks` basic blocks, the mean over positions, a linear layer.
+    """One convolution, three stages of basic blocks, the mean over positions, a linear layer.
 
     Args:
         blocks: basic blocks in a stage; the network is 6 * blocks + 2 layers deep.
         num_classes: outputs.
         in_channels: channels of the images.
         width: multiplies the widths 16, 32 and 64 of the stages.
-        shortcut: how a block that changes its width leads its input past its convolutions. "A" (zero
-            padding, the form of the paper's CIFAR-10 networks) couples the channels of two stages to
-            constants, which pins them: attrfast then leaves the stages' own widths whole and prunes
-            inside the blocks alone. "B" (1x1 convolution) lets every stage shrink.
+        shortcut: how a block that changes its width leads its input past its convolutions. "A"
+            (zero padding, the form of the paper's CIFAR-10 networks) couples the channels of two
+            stages to constants, which pins them: attrfast then leaves the stages' own widths whole
+            and prunes inside the blocks alone. "B" (1x1 convolution) lets every stage shrink.
 
     Raises:
         InputError: a size with which no network can be built, or an unknown shortcut.

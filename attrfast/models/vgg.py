@@ -67,8 +67,9 @@ class VGG(nn.Module):
 def vgg16_bn(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> VGG:
     """VGG-16 with batch norm and a 512-unit linear head, for 32x32 images.
 
-    With its default sizes 1.47e7 parameters and 3.13e8 multiply-adds in convolutions and the linear layer,
-    3.14e8 with those of the batch norms. Five poolings: images must be at least 32 pixels high and wide.
+    With its default sizes 1.47e7 parameters and 3.13e8 multiply-adds in convolutions and the linear
+    layer, 3.14e8 with those of the batch norms. Five poolings: images must be at least 32 pixels
+    high and wide.
 
     Source: Simonyan and Zisserman 2014, configuration D, as is usual for CIFAR-10.
     """
@@ -78,7 +79,7 @@ def vgg16_bn(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) ->
 def vgg_small(num_classes: int = 10, in_channels: int = 1, width: float = 1.0) -> VGG:
     """Six convolutions in three stages: learns digits or Fashion-MNIST on a CPU in minutes.
 
-    2.9e7 multiply-adds at 1x28x28 and 2.9e5 parameters. Two poolings: images must be at least 4 pixels
-    high and wide.
+    2.9e7 multiply-adds at 1x28x28 and 2.9e5 parameters. Two poolings: images must be at least 4
+    pixels high and wide.
     """
     return VGG(_SMALL, num_classes=num_classes, in_channels=in_channels, width=width)
