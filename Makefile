@@ -1,0 +1,59 @@
+# Development of attrfast. `make demo` and `make test` do everything, on a fresh machine too.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE := $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
+
+.PHONY: help venv demo test check format bench clean distclean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    train a small network on digits and prune it (pictures in demo-output/)"
+	@echo "make test    run the tests"
+	@echo "make check   lint, formatting and types"
+	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make bench   measure against a bare pass, a hook-based script and other packages"
+	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
+
+venv: $(INSTALLED)
+
+# Again only when the packaging or the native code has changed.
+$(INSTALLED): pyproject.toml setup.py requirements-dev.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -e ".[data,dev]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m attrfast demo
+
+# Two processes of one thread each finish sooner than one process of two threads.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p attrfast
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+		| xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+		| xargs $(BIN)/clang-format -i
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find attrfast -name '*.so' -delete
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(INSTALLED)
+
+distclean: clean
+	rm -rf $(VENV)
