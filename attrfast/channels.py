@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from attrfast.errors import ModelError
 from attrfast.flow import Analysis
 from attrfast.labels import NONE
-from attrfast.trace import trace
+from attrfast.trace import Trace, trace
 from attrfast.units import Layer, Units
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,37 @@ def find_units(
     Raises:
         ModelError: the forward pass fails, or no convolution was called.
     """
+    return discover(model, inputs, kwargs, strict=strict).units
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """A model's units, and where they lie in its recorded forward pass.
+
+    Attributes:
+        units: the units.
+        record: the eval-mode pass.
+        channels: value of the record -> the dimension that holds channels, and the unit of each
+            (int64, -1 for none). Values without any unit are left out.
+    """
+
+    units: Units
+    record: Trace
+    channels: dict[int, tuple[int, torch.Tensor]]
+
+
+def discover(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    strict: bool = False,
+) -> Discovery:
+    """`find_units`, with the recorded pass that it was found in."""
     analysis = Analysis(model, strict=strict)
-    analysis.run(trace(model, inputs, kwargs))
+    record = trace(model, inputs, kwargs)
+    analysis.run(record)
+    channels = dict(analysis.channels)
     if analysis.unseen():
         try:
             analysis.run(trace(model, inputs, kwargs, training=True))
@@ -52,10 +82,21 @@ def find_units(
             "the model called no convolution of its own in the forward pass, so there is no filter to "
             "score; attrfast sees nn.Conv1d/2d/3d, their transposes, and nn.Linear applied to maps"
         )
-    return _collect(analysis)
+    units, ids = _collect(analysis)
+    found = {}
+    for value, place in channels.items():
+        row = torch.tensor([_unit_of(x, analysis, ids) for x in place.labels], dtype=torch.int64)
+        if bool((row >= 0).any()):
+            found[value] = (place.dim, row)
+    return Discovery(units, record, found)
 
 
-def _collect(analysis: Analysis) -> Units:
+def _unit_of(label: int, analysis: Analysis, ids: dict[int, int]) -> int:
+    return -1 if label == NONE else ids.get(analysis.labels.root(label), -1)
+
+
+def _collect(analysis: Analysis) -> tuple[Units, dict[int, int]]:
+    """The units, and the number of each by the root of its labels."""
     labels = analysis.labels
     read = {labels.root(x) for row in analysis.inputs.values() for x in row if x != NONE}
     # A convolution that nothing reads makes the model's outputs: it is no candidate, and has no score.
@@ -73,7 +114,7 @@ def _collect(analysis: Analysis) -> Units:
     def mapped(rows: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         out: dict[str, torch.Tensor] = {}
         for name, row in rows.items():
-            units = [ids.get(labels.root(x), -1) if x != NONE else -1 for x in row]
+            units = [_unit_of(x, analysis, ids) for x in row]
             if any(u >= 0 for u in units):
                 out[name] = torch.tensor(units, dtype=torch.int64)
         return out
@@ -86,7 +127,7 @@ def _collect(analysis: Analysis) -> Units:
         size.index_add_(0, row[row >= 0], torch.ones_like(row[row >= 0]))
     frozen: list[str | None] = [labels.reasons.get(root) for root in ids]
     layers, layer_of = _layers(filters, frozen, len(ids))
-    return Units(
+    units = Units(
         filters=filters,
         outputs=outputs,
         inputs=inputs,
@@ -96,6 +137,7 @@ def _collect(analysis: Analysis) -> Units:
         size=size,
         frozen=tuple(frozen),
     )
+    return units, ids
 
 
 def _layers(

@@ -7,6 +7,7 @@ hooks and the global random state.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,43 +17,18 @@ from torch import nn
 from tqdm import tqdm
 
 from attrfast.batches import Batch, resolve_device, unpack
-from attrfast.channels import find_units
+from attrfast.channels import Discovery, discover
 from attrfast.criteria import REDUCTIONS, Criterion, Reduction, get_criterion
 from attrfast.diagnosis import first_nonfinite
 from attrfast.errors import InputError, NumericalError
 from attrfast.objective import Objective
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
-from attrfast.taps import RowsError, ScoreMatrix, TapMode
+from attrfast.matrix import RowsError
+from attrfast.tiers import Runner
 from attrfast.trace import preserved
 from attrfast.units import Units
 
 log = logging.getLogger(__name__)
-
-
-class CallTier:
-    """One forward and one input-gradient backward a batch, with the taps of `attrfast.taps`."""
-
-    def __init__(self, model: nn.Module, units: Units, *, guided: bool, absolute: bool) -> None:
-        self.model, self.units = model, units
-        self.guided, self.absolute = guided, absolute
-
-    def run(
-        self,
-        forward: Callable[[], Any],
-        objective: Callable[[Any], torch.Tensor],
-        samples: int,
-        scale: float,
-        device: torch.device,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score matrix (samples, U), and the 0-d objective before it is scaled."""
-        matrix = ScoreMatrix(self.units, samples, device=device, absolute=self.absolute)
-        mode = TapMode(self.model, self.units, matrix, guided=self.guided)
-        with mode:
-            output = forward()
-        total = objective(output)
-        del output
-        torch.autograd.grad(total * scale, mode.anchor, allow_unused=True)
-        return matrix.values.div_(scale), total.detach()
 
 
 class Pass:
@@ -60,7 +36,7 @@ class Pass:
 
     Args:
         model: left bit-identical.
-        units: the model's units.
+        found: the model's units, and its recorded forward pass.
         criterion: what is differentiated, and by which rule.
         reduction: how S of many samples becomes one number a unit.
         loss_fn: the user's loss, for criteria that measure one.
@@ -70,7 +46,7 @@ class Pass:
     def __init__(
         self,
         model: nn.Module,
-        units: Units,
+        found: Discovery,
         criterion: Criterion,
         reduction: Reduction,
         *,
@@ -78,11 +54,11 @@ class Pass:
         amp_dtype: torch.dtype | None = None,
         device: torch.device,
     ) -> None:
-        self.model, self.units, self.device = model, units, device
+        self.model, self.units, self.device = model, found.units, device
         self.criterion, self.reduction, self.amp_dtype = criterion, reduction, amp_dtype
         self.objective = Objective(criterion, loss_fn)
-        self.tier = CallTier(model, units, guided=criterion.guided, absolute=reduction.absolute)
-        self.total = torch.zeros(len(units), dtype=torch.float64, device=device)
+        self.runner = Runner(model, found, guided=criterion.guided, absolute=reduction.absolute)
+        self.total = torch.zeros(len(found.units), dtype=torch.float64, device=device)
         self.samples = 0
 
     def add(self, batch: Batch) -> None:
@@ -115,7 +91,7 @@ class Pass:
         # Small gradients vanish in fp16; S is divided by the same power of two, so nothing else changes.
         scale = 1024.0 if self.amp_dtype == torch.float16 else 1.0
         with torch.enable_grad():
-            matrix, _ = self.tier.run(forward, objective, batch.samples, scale, self.device)
+            matrix = self.runner.run(forward, objective, batch.samples, scale)
         if self.device.type == "cpu" and not bool(torch.isfinite(matrix.sum())):
             self._explain(forward, batch, self._bad_columns(matrix))
         return matrix
@@ -212,13 +188,13 @@ def attribute(
         model.eval()
         running: Pass | None = None
         for batch in _batches(loader, place, max_batches, progress and rule.needs_data):
-            if units is None:
-                units = _units(model, batch)
-            if not rule.needs_data:
-                break
             if running is None:
+                found = _discover(model, batch, units)
+                units = found.units
+                if not rule.needs_data:
+                    break
                 running = Pass(
-                    model, units, rule, how, loss_fn=loss_fn, amp_dtype=amp_dtype, device=place
+                    model, found, rule, how, loss_fn=loss_fn, amp_dtype=amp_dtype, device=place
                 )
             for part in batch.split(microbatch or batch.samples):
                 running.add(part)
@@ -248,9 +224,10 @@ def _reduction(criterion: Criterion, name: str | None) -> Reduction:
     return found
 
 
-def _units(model: nn.Module, batch: Batch) -> Units:
+def _discover(model: nn.Module, batch: Batch, units: Units | None) -> Discovery:
     example = next(iter(batch.split(min(2, batch.samples))))
-    return find_units(model, example.args, example.kwargs)
+    found = discover(model, example.args, example.kwargs)
+    return found if units is None else dataclasses.replace(found, units=units)
 
 
 def _batches(

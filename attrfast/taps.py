@@ -16,96 +16,40 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from attrfast import ops
-from attrfast.errors import ModelError
-from attrfast.trace import (
-    CONVOLUTIONS,
-    call_name,
-    is_inplace,
-    opened,
-    state_names,
-)
+from attrfast.matrix import Columns, ScoreMatrix
+from attrfast.stages import relu_ceiling
+from attrfast.trace import CONVOLUTIONS, call_name, is_inplace, opened
 from attrfast.units import Units
 
 
-class RowsError(ModelError):
-    """A reader's batch has another size than the input's: its rows can't be told apart by sample."""
+class Tap(torch.autograd.Function):
+    """Identity whose backward measures the flow that comes back through it.
 
-
-class ScoreMatrix:
-    """S of one batch: what every tap writes into.
-
-    Args:
-        units: the units, U of them.
-        samples: N.
-        dtype: of the sums (float64 everywhere but on devices without it).
-        absolute: reduce abs(x * g) instead of x * g (`reduction="abs_element"`).
+    The anchor is a 0-d leaf that every tap hangs on: the gradient of the objective with respect to it
+    is what runs all taps, and backward goes no further down than to the first of them.
     """
-
-    def __init__(
-        self, units: Units, samples: int, *, device: torch.device, absolute: bool = False
-    ) -> None:
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        # One column more than there are units: where the channels of no unit go.
-        self._sums = torch.zeros(samples, len(units) + 1, dtype=dtype, device=device)
-        self._columns: dict[str, torch.Tensor] = {}
-        self._units = units
-        self.absolute = absolute
-
-    @property
-    def values(self) -> torch.Tensor:
-        """(N, U)."""
-        return self._sums[:, :-1]
-
-    def columns(self, reader: str) -> torch.Tensor:
-        found = self._columns.get(reader)
-        if found is None:
-            found = self._units.inputs[reader].to(self._sums.device)
-            found = torch.where(found < 0, len(self._units), found)
-            self._columns[reader] = found
-        return found
-
-    def add(self, reader: str, x: torch.Tensor, g: torch.Tensor, dim: int) -> None:
-        """Adds the flow of one call of `reader`: x and g hold channels in dimension `dim`."""
-        self.add_sums(reader, ops.attribution(*_by_channel(x, g, dim), self.absolute))
-
-    def add_sums(self, reader: str, sums: torch.Tensor) -> None:
-        """Adds sums (N, channels) of one call of `reader`."""
-        rows = self._sums.shape[0]
-        if sums.shape[0] != rows:
-            if rows != 1:
-                raise RowsError(
-                    f"{reader} sees a batch of {sums.shape[0]} where the model was given {rows} samples"
-                )
-            sums = sums.sum(0, keepdim=True)
-        self._sums.index_add_(1, self.columns(reader), sums.to(self._sums.dtype))
-
-
-def _by_channel(x: torch.Tensor, g: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of shape (N, C, positions...) of tensors that hold channels in dimension `dim`."""
-    if dim == 0:  # an unbatched call
-        return x.unsqueeze(0), g.unsqueeze(0)
-    if dim != 1:
-        return x.movedim(dim, 1), g.movedim(dim, 1)
-    return x, g
-
-
-class _Tap(torch.autograd.Function):
-    """Identity on a reader's input; its backward sees the gradient that comes through that reader."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, anchor: torch.Tensor, matrix: ScoreMatrix, reader: str, dim: int
+        ctx: Any,
+        x: torch.Tensor,
+        anchor: torch.Tensor,
+        matrix: ScoreMatrix,
+        columns: Columns,
+        dim: int,
+        sign: float,
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.matrix, ctx.reader, ctx.dim = matrix, reader, dim
+        ctx.tap = matrix, columns, dim, sign
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         (x,) = ctx.saved_tensors
-        ctx.matrix.add(ctx.reader, x, g, ctx.dim)
-        return (g if ctx.needs_input_grad[0] else None), None, None, None, None
+        matrix, columns, dim, sign = ctx.tap
+        matrix.add(columns, x, g, dim, sign)
+        return (g if ctx.needs_input_grad[0] else None), None, None, None, None, None
 
 
 class _GuidedReLU(torch.autograd.Function):
@@ -245,25 +189,24 @@ class TapMode(TorchFunctionMode):
 
     Args:
         model: whose parameters are met by identity.
-        units: whose readers are tapped.
-        matrix: what the taps write into, during the backward pass.
+        readers: id of a reader's weight -> the columns of its inputs.
+        matrix: what the taps add to, during the backward pass.
+        anchor: what they hang on.
         guided: the guided rule at every ReLU.
-
-    Attributes:
-        anchor: the 0-d leaf that every tap hangs on: the gradient of the objective with respect to it
-            is what runs all taps, and backward goes no further down than to the first of them.
     """
 
     def __init__(
-        self, model: nn.Module, units: Units, matrix: ScoreMatrix, *, guided: bool
+        self,
+        model: nn.Module,
+        readers: dict[int, Columns],
+        matrix: ScoreMatrix,
+        anchor: torch.Tensor,
+        *,
+        guided: bool,
     ) -> None:
         super().__init__()
-        self.matrix = matrix
-        self.guided = guided
+        self.matrix, self.anchor, self.guided, self.readers = matrix, anchor, guided, readers
         self.frozen = {id(p): p.detach() for p in model.parameters()}
-        self.readers = readers_by_weight(model, units)
-        device = next(model.parameters()).device
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
 
     def _detached(self, tree: Any) -> Any:
         if isinstance(tree, torch.Tensor):
@@ -294,7 +237,7 @@ class TapMode(TorchFunctionMode):
         args = tuple(self._detached(a) for a in args)
         kwargs = {key: self._detached(value) for key, value in kwargs.items()}
         if self.guided:
-            upper = relu_ceiling(name, args, kwargs)
+            upper = relu_ceiling(name, _arguments(args, kwargs))
             x = args[0] if args else kwargs.get("input")
             if upper is not None and isinstance(x, torch.Tensor) and x.requires_grad:
                 return _GuidedReLU.apply(x, upper, is_inplace(func, kwargs))
@@ -308,7 +251,7 @@ class TapMode(TorchFunctionMode):
         weight, *rest = (self._detached(item) for item in (weight, *rest))
         if reader is not None:
             dim = x.dim() - 1 if name == "linear" else x.dim() - int(name[-2]) - 1
-            x = _Tap.apply(x, self.anchor, self.matrix, reader, dim)
+            x = Tap.apply(x, self.anchor, self.matrix, reader, dim, 1.0)
         elif x.requires_grad and name in ("conv1d", "conv2d", "conv3d"):
             out = _frozen_convolution(x, weight, rest, int(name[-2]))
             if out is not None:
@@ -381,45 +324,14 @@ def bound_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return [*args, *(kwargs.get(key, default) for key, default in rest)]
 
 
-def readers_by_weight(model: nn.Module, units: Units) -> dict[int, str]:
-    """id of a weight -> name of the reader (a module, or a bare parameter)."""
+def reader_weights(model: nn.Module, units: Units) -> dict[str, str]:
+    """Full name of a reader's weight -> name of the reader (a module, or the weight itself)."""
     modules = dict(model.named_modules())
-    parameters = {name: tensor for tensor, name in _named(model)}
-    found: dict[int, str] = {}
-    for name in units.inputs:
-        module = modules.get(name)
-        weight = module.weight if module is not None else parameters[name]
-        found[id(weight)] = name
-    return found
+    return {f"{name}.weight" if name in modules else name: name for name in units.inputs}
 
 
-def _named(model: nn.Module) -> list[tuple[torch.Tensor, str]]:
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return [(tensors[key], name) for key, name in state_names(model).items()]
-
-
-def relu_ceiling(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> float | None:
-    """Upper bound of a call that is a ReLU (inf) or a ReLU with a ceiling (ReLU6: 6); None otherwise."""
-
+def _arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[int, str, Any], Any]:
     def given(position: int, keyword: str, default: Any) -> Any:
         return args[position] if position < len(args) else kwargs.get(keyword, default)
 
-    if name == "relu":
-        return _INF
-    if name == "relu6":
-        return 6.0
-    if name == "hardtanh":
-        low, high = given(1, "min_val", -1.0), given(2, "max_val", 1.0)
-    elif name in ("clamp", "clip"):
-        low, high = given(1, "min", None), given(2, "max", None)
-    elif name == "clamp_min":
-        low, high = given(1, "min", None), None
-    elif name == "threshold":
-        low, high = given(1, "threshold", None), None
-        if given(2, "value", None) != 0:
-            return None
-    else:
-        return None
-    if isinstance(low, torch.Tensor) or isinstance(high, torch.Tensor) or low != 0:
-        return None
-    return _INF if high is None else float(high)
+    return given

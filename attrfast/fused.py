@@ -1,0 +1,426 @@
+"""The fast tier: runs a recorded sequence of calls again, stage by stage, with the taps inside.
+
+A stage is one autograd function over one op that works in place. Calls of the model are checked against
+the record one by one; a model that makes others is not run this way (`PlanMismatch`). No hook is set and
+nothing is written to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from attrfast import ops
+from attrfast.graph import Plan
+from attrfast.matrix import Columns, ScoreMatrix
+from attrfast.reference import compute_dtype
+from attrfast.stages import INF, Stage, pool_geometry
+from attrfast.taps import (
+    Tap,
+    batch_norm_arguments,
+    bound_arguments,
+    folded_batch_norm,
+)
+from attrfast.trace import (
+    Numbering,
+    call_name,
+    is_silent,
+    opened,
+    state_names,
+    written_to,
+)
+
+Tensor = torch.Tensor
+
+
+class PlanMismatch(Exception):
+    """The model made another call than the recorded one."""
+
+
+class _Run:
+    """One stage of one batch, collected call by call until it runs.
+
+    Attributes:
+        x: what the stage reads first.
+        z: the memory that it works on: the convolution's output, or x itself.
+        measure: of the flow through its output (1), or through its own branch of the addition (2).
+    """
+
+    def __init__(self, stage: Stage, guided: bool, fresh: bool) -> None:
+        self.stage, self.guided, self.fresh = stage, guided, fresh
+        self.x: Tensor | None = None
+        self.z: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.geometry: tuple[list[int], list[int], list[int], int] | None = None
+        self.scale: Tensor | None = None
+        self.shift: Tensor | None = None
+        self.residual: Tensor | None = None
+        self.pool: tuple[list[int], list[int], list[int], bool] | None = None
+        self.lower, self.upper = -INF, INF
+        self.through: tuple[Columns, float] | None = None
+        self.branch: tuple[Columns, float] | None = None
+        self.matrix: ScoreMatrix | None = None
+        self.x_like: tuple[torch.Size, tuple[int, ...], torch.dtype] | None = None
+        self.size: list[int] = []
+
+    @property
+    def clamps(self) -> bool:
+        return self.lower > -INF
+
+    @property
+    def reduces(self) -> bool:
+        """Whether its backward kernel reads its output anyway, so that it can measure for nothing."""
+        return self.clamps or self.pool is not None
+
+
+class _Fused(torch.autograd.Function):
+    """A stage: forward in place, backward with the attribution reduced on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, anchor: Tensor, run: _Run) -> Tensor:
+        out, code = _forward(run, residual)
+        saved: list[Tensor | None] = [None, None, None]
+        if run.clamps or run.pool is not None or run.through is not None:
+            saved[0] = out
+        saved[1] = code
+        if run.branch is not None:
+            saved[2] = residual
+        ctx.save_for_backward(*saved)
+        ctx.run = run
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        run: _Run = ctx.run
+        (g,) = grads
+        a, code, residual = ctx.saved_tensors
+        to_x, to_residual = ctx.needs_input_grad[:2]
+        assert run.matrix is not None
+        through = run.through
+        if through is not None and not (run.reduces and to_x and run.branch is None):
+            run.matrix.add(through[0], a, g, 1, through[1])
+            through = None
+        if not (to_x or to_residual or run.branch):
+            return None, None, None, None
+        gz, g1, s = _backward(run, a, code, residual, g, through is not None)
+        for place in (through, run.branch):
+            if place is not None:
+                run.matrix.add_sums(place[0], s, place[1])
+        gx = None
+        if to_x:
+            gx = gz if run.geometry is None else _input_gradient(run, gz)
+        return gx, (g1 if to_residual else None), None, None
+
+
+def _forward(run: _Run, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    z = run.z
+    assert z is not None
+    run.z = run.x = run.residual = None
+    backend = ops.backend_for(z.device)
+    if run.pool is not None:
+        run.size = list(z.shape[2:])
+        kernel, stride, padding, ceil_mode = run.pool
+        p, code = backend.affine_relu_max_pool(
+            z, run.scale, run.shift, kernel, stride, padding, ceil_mode, run.lower, run.upper
+        )
+        return p, code
+    plain = run.scale is None and residual is None and not run.clamps
+    if plain:
+        return z, None
+    if run.stage.owned:
+        backend.affine_relu_(z, run.scale, run.shift, residual, run.lower, run.upper)
+        return z, None
+    return backend.affine_relu(z, run.scale, run.shift, residual, run.lower, run.upper), None
+
+
+def _backward(
+    run: _Run, a: Tensor, code: Tensor | None, residual: Tensor | None, g: Tensor, attribute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for the convolution's output and for the residual, and the flow (N, C)."""
+    backend = ops.backend_for(g.device)
+    fresh = run.fresh and _is_dense(g)
+    scale, bounds = run.scale, (run.lower, run.upper, run.guided)
+    if run.pool is not None:
+        kernel, stride, padding, _ = run.pool
+        gz, s = backend.affine_relu_max_pool_backward(
+            a, code, g, scale, run.size, kernel, stride, padding, *bounds, attribute
+        )
+        return gz, g, s
+    if run.clamps and run.stage.residual is not None:
+        what = 2 if run.branch is not None else int(attribute)
+        if fresh:
+            gz, s = backend.affine_add_relu_backward_(a, g, residual, scale, *bounds, what)
+            return gz, g, s
+        g1, gz, s = backend.affine_add_relu_backward(a, g, residual, scale, *bounds, what)
+        return gz, g1, s
+    if run.clamps:
+        if fresh:
+            return g, g, backend.affine_relu_backward_(a, g, scale, *bounds, attribute)
+        gz, s = backend.affine_relu_backward(a, g, scale, *bounds, attribute)
+        return gz, g, s
+    if scale is None:
+        return g, g, g
+    if fresh and run.stage.residual is None:
+        backend.affine_relu_(g, scale, None, None, -INF, INF)
+        return g, g, g
+    return backend.affine_relu(g, scale, None, None, -INF, INF), g, g
+
+
+def _is_dense(g: Tensor) -> bool:
+    """Whether every element of g has memory of its own (an expanded gradient has not)."""
+    return g.is_contiguous() or (
+        g.dim() in (4, 5)
+        and g.is_contiguous(
+            memory_format=torch.channels_last if g.dim() == 4 else torch.channels_last_3d
+        )
+    )
+
+
+def _input_gradient(run: _Run, gz: Tensor) -> Tensor:
+    assert run.x_like is not None and run.geometry is not None and run.weight is not None
+    shape, strides, dtype = run.x_like
+    stride, padding, dilation, groups = run.geometry
+    # The function reads the input's shape and layout alone; this memory is never touched.
+    like = torch.empty_strided(shape, strides, dtype=gz.dtype, device=gz.device)
+    gx, _, _ = torch.ops.aten.convolution_backward(
+        gz,
+        like,
+        run.weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        groups,
+        [True, False, False],
+    )
+    return gx.to(dtype)
+
+
+class PlanMode(TorchFunctionMode):
+    """Runs a forward pass by a plan.
+
+    Args:
+        model: in eval mode.
+        plan: of a pass that made the same calls.
+        columns: value -> columns of its channels, for every value that a tap of the plan names.
+        matrix: what the taps add to, during the backward pass.
+        anchor: what they hang on.
+        guided: the guided rule at every ReLU.
+        folded: batch norms by the names of their statistics, folded on an earlier batch.
+
+    Raises:
+        PlanMismatch: within the pass, when the model makes another call than the recorded one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        columns: dict[int, Columns],
+        matrix: ScoreMatrix,
+        anchor: Tensor,
+        folded: dict[int, tuple[Tensor, Tensor]],
+        *,
+        guided: bool,
+    ) -> None:
+        super().__init__()
+        self.plan, self.columns, self.matrix, self.anchor = plan, columns, matrix, anchor
+        self.folded, self.guided = folded, guided
+        self.frozen = {id(p): p.detach() for p in model.parameters()}
+        self.numbering = Numbering(state_names(model))
+        self.index = 0
+        self.running: dict[int, _Run] = {}  # stages under way, by the value they have reached
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        kinds: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        inner = opened(func)
+        if inner is not None:
+            with self:
+                return inner(*args, **kwargs)
+        name = call_name(func)
+        if is_silent(name):
+            return func(*args, **kwargs)
+        call = self.plan.calls[self.index] if self.index < len(self.plan.calls) else None
+        inputs = self.numbering.inputs(args, kwargs)
+        if call is None or call.name != name or call.inputs != inputs:
+            known = "no further call" if call is None else f"{call.name}{call.inputs}"
+            raise PlanMismatch(f"call {self.index} is {name}{inputs}, recorded was {known}")
+        self.index += 1
+        stage = self.plan.stages.get(call.index)
+        if stage is not None:
+            role = stage.roles[call.index]
+            out = self._advance(stage, role, call.index, func, name, inputs, args, kwargs)
+        else:
+            out = func(
+                *(self._read(call.index, a) for a in args),
+                **{key: self._read(call.index, value) for key, value in kwargs.items()},
+            )
+        made = self.numbering.made(out, written_to(name, args, kwargs))
+        if len(made) != len(call.outputs):
+            raise PlanMismatch(f"call {call.index}, {name}, made {len(made)} tensors")
+        for tensor in made:
+            self.numbering.new(tensor)
+        if stage is None and len(made) == 1 and call.outputs[0] in self.plan.through:
+            value = call.outputs[0]
+            if out is not made[0] or not out.is_floating_point():
+                raise PlanMismatch(f"call {call.index}, {name}, made something that can't be tapped")
+            out = self._tap(out, value, self.plan.through[value])
+            self.numbering.values.put(out, value)
+        return out
+
+    # -- calls outside stages ------------------------------------------------------------------------
+
+    def _tap(self, x: Tensor, value: int, sign: float) -> Tensor:
+        """Measures the flow through x, whose channels are those of `value`."""
+        dim = self.plan.channels[value][0]
+        out = Tap.apply(x, self.anchor, self.matrix, self.columns[value], dim, sign)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def _into(self, index: int, x: Tensor) -> Tensor:
+        """x as one call reads it: with the tap on that use, if there is one."""
+        value = self.numbering.values.get(x)
+        tap = self.plan.into.get((index, value)) if value is not None else None
+        return x if tap is None else self._tap(x, tap[1], tap[0])
+
+    def _read(self, index: int, tree: Any) -> Any:
+        """Arguments of a call outside stages, as it reads them."""
+        if isinstance(tree, torch.Tensor):
+            return self.frozen.get(id(tree)) if id(tree) in self.frozen else self._into(index, tree)
+        if type(tree) in (list, tuple):
+            return type(tree)(self._read(index, item) for item in tree)
+        return tree
+
+    # -- calls inside stages --------------------------------------------------------------------------
+
+    def _advance(
+        self,
+        stage: Stage,
+        role: str,
+        index: int,
+        func: Callable[..., Any],
+        name: str,
+        inputs: tuple[int, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Notes one call of a stage; the last one runs it.
+
+        Until then the model holds the memory that the stage will work on: right in shape, not yet in
+        value. Nobody reads it, or the stage would not be one.
+        """
+        first = index == next(iter(stage.roles))
+        if first:
+            run = _Run(stage, self.guided, stage.output in self.plan.fresh)
+            run.matrix = self.matrix
+        else:
+            key = next((v for v in inputs if v in self.running), None)
+            if key is None or self.running[key].stage is not stage:
+                raise PlanMismatch(f"call {index}, {name}, does not go on with its stage")
+            run = self.running.pop(key)
+        if role == "conv":
+            self._convolve(run, index, func, name, args, kwargs)
+        elif role == "norm":
+            x, mean, var, weight, bias, training, eps = batch_norm_arguments(args, kwargs)
+            if training:
+                raise PlanMismatch(f"call {index} normalises by the batch")
+            if first:
+                self._start(run, index, x)
+            run.scale, run.shift = self._fold(mean, var, weight, bias, eps)
+        elif role == "relu":
+            if first:
+                self._start(run, index, args[0] if args else kwargs["input"])
+            run.lower, run.upper = 0.0, stage.upper
+        elif role == "pool":
+            if first:
+                self._start(run, index, args[0] if args else kwargs["input"])
+            kernel, stride, padding, _, ceil_mode = pool_geometry(args, kwargs)
+            run.pool = kernel, stride, padding, ceil_mode
+        else:
+            other = args[1] if self.numbering.values.get(args[0]) != stage.residual else args[0]
+            run.residual = self._into(index, other)
+        if index == stage.last:
+            return self._finish(run)
+        assert run.z is not None
+        self.running[self.plan.calls[index].outputs[0]] = run
+        return run.z
+
+    def _convolve(
+        self,
+        run: _Run,
+        index: int,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        x, weight, bias, stride, padding, dilation, groups = bound_arguments(name, args, kwargs)
+        spatial = int(name[-2])
+        weight = self.frozen.get(id(weight), weight)
+        bias = self.frozen.get(id(bias), bias)
+        x = self._into(index, x)
+        with torch.no_grad():
+            z = func(x, weight, bias, stride, padding, dilation, groups)
+            run.weight = weight.to(z.dtype)
+        run.geometry = (
+            _each(stride, spatial),
+            [0] * spatial if isinstance(padding, str) else _each(padding, spatial),
+            _each(dilation, spatial),
+            int(groups),
+        )
+        strides = x.stride() if _is_dense(x) else torch.empty(x.shape, device="meta").stride()
+        run.x_like = x.shape, strides, x.dtype
+        run.x, run.z = x, z
+
+    def _start(self, run: _Run, index: int, x: Tensor) -> None:
+        """Begins a stage that has no convolution."""
+        run.x = self._into(index, x)
+        run.z = x.data
+
+    def _fold(
+        self, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        found = self.folded.get(id(mean))
+        if found is None:
+            weight, bias = self.frozen.get(id(weight), weight), self.frozen.get(id(bias), bias)
+            found = self.folded[id(mean)] = folded_batch_norm(mean, var, weight, bias, eps)
+        return found
+
+    def _finish(self, run: _Run) -> Tensor:
+        value, x, residual = run.stage.output, run.x, run.residual
+        assert x is not None and run.z is not None
+        wide = compute_dtype(run.z.dtype)
+        if run.scale is not None and run.shift is not None:
+            run.scale, run.shift = run.scale.to(wide), run.shift.to(wide)
+        if residual is not None and (
+            residual.dtype != run.z.dtype or residual.shape != run.z.shape
+        ):
+            raise PlanMismatch(f"an addition of {residual.dtype} to {run.z.dtype}")
+        if value in self.plan.through:
+            run.through = self.columns[value], self.plan.through[value]
+        if value in self.plan.branch:
+            run.branch = self.columns[value], self.plan.branch[value]
+        needed = x.requires_grad or (residual is not None and residual.requires_grad)
+        if needed or run.through is not None or run.branch is not None:
+            out = _Fused.apply(x, residual, self.anchor, run)
+            assert isinstance(out, torch.Tensor)
+            return out
+        with torch.no_grad():
+            return _forward(run, residual)[0]
+
+
+def _each(value: Any, count: int) -> list[int]:
+    values = [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)]
+    return values * count if len(values) == 1 else values
