@@ -1,7 +1,7 @@
 """The command `attrfast`. Reads arguments and prints; what it does is done elsewhere.
 
-Everything heavy is imported by the command that needs it, so that `--help` and `--version` answer at
-once.
+Everything heavy is imported by the command that needs it, so that `--help` and `--version` answer
+at once.
 """
 
 from __future__ import annotations

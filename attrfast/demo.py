@@ -1,4 +1,4 @@
-"""The demonstration: from handwritten digits to a trained and pruned network in under a minute."""
+"""The demonstration: handwritten digits to a trained and pruned network in under a minute."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Figures:
 
 
 def run(out: Path, *, seed: int = 0, progress: bool = True) -> str:
-    """Trains `vgg_small` on scikit-learn's digits, prunes it with `attribution` and writes a report.
+    """Trains `vgg_small` on digits, prunes it with `attribution` and writes a report.
 
     Args:
         out: folder for `figures.json`, `trade_off.png` and `kept_filters.png`; made when missing.
