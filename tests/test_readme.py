@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from attrfast import data
+from attrfast.criteria.base import get_criterion
 from attrfast.models.vgg import VGG
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,9 @@ def test_quick_start_runs_as_printed(
     assert sum(p.numel() for p in saved.parameters()) < sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)\b", README))))
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"(?:`|^)make ([a-z]+)", README, flags=re.MULTILINE)))
+)
 def test_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
@@ -55,8 +58,10 @@ def test_reconstructed_definitions_are_called_so() -> None:
     assert "10.1360/SSI-2020-0186" in README
 
 
-def test_every_built_in_criterion_is_explained() -> None:
-    from attrfast import criteria
-
+def test_every_explained_criterion_exists() -> None:
     (table,) = re.findall(r"\| criterion \|.*?\n\n", README, flags=re.DOTALL)
-    assert set(re.findall(r"`(\w+)`", table)) >= set(criteria.names())
+    first_column = "\n".join(line.split("|")[1] for line in table.strip().splitlines())
+    explained = re.findall(r"`(\w+)`", first_column)
+    assert len(explained) >= 7
+    for name in explained:
+        get_criterion(name)  # raises if there is none
