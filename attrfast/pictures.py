@@ -26,7 +26,7 @@ _BLANK: Final = {
     "edgecolor": "none",
     "pad": 1.0,
 }  # hides the grid behind text
-_STYLE: Final = {
+_STYLE: Final[Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": _INK,
@@ -162,9 +162,8 @@ def _axes(path: Path, width: float, height: float) -> Iterator[Axes]:
             f"pictures need matplotlib, which could not be imported ({error}); "
             f'pip install "attrfast[data]"'
         ) from error
-    style: dict[str, Any] = dict(_STYLE)
     # A figure without pyplot: no global state, and no window system.
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
         yield figure.add_subplot()

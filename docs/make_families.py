@@ -88,9 +88,10 @@ class Line:
 
 def build(name: str) -> nn.Module:
     """The network with random weights; auxiliary heads where the family has them."""
-    slow_init = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    # These two warn that their default initialisation, which is slow, will change.
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     torch.manual_seed(0)
-    model: nn.Module = get_model(name, weights=None, num_classes=CLASSES, **slow_init)
+    model: nn.Module = get_model(name, weights=None, num_classes=CLASSES, **options)
     return model
 
 
@@ -141,7 +142,7 @@ def lines(names: list[str]) -> Iterator[Line]:
 
 
 def main() -> None:
-    """Examines the named networks and prints their rows; without names all, and writes the table."""
+    """Prints the rows of the named networks; without names, of all, and writes the table."""
     warnings.simplefilter("ignore")
     chosen = sys.argv[1:]
     rows = "\n".join(map(str, lines(chosen or list(FAMILIES))))
