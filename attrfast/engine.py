@@ -21,9 +21,9 @@ from attrfast.channels import Discovery, discover
 from attrfast.criteria import REDUCTIONS, Criterion, Reduction, get_criterion
 from attrfast.diagnosis import first_nonfinite
 from attrfast.errors import InputError, NumericalError
+from attrfast.matrix import RowsError
 from attrfast.objective import Objective
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
-from attrfast.matrix import RowsError
 from attrfast.tiers import Runner
 from attrfast.trace import preserved
 from attrfast.units import Units

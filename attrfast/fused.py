@@ -18,13 +18,9 @@ from attrfast import ops
 from attrfast.graph import Plan
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.reference import compute_dtype
+from attrfast.signatures import batch_norm_arguments, bound_arguments
 from attrfast.stages import INF, Stage, pool_geometry
-from attrfast.taps import (
-    Tap,
-    batch_norm_arguments,
-    bound_arguments,
-    folded_batch_norm,
-)
+from attrfast.taps import Tap, folded_batch_norm
 from attrfast.trace import (
     Numbering,
     call_name,

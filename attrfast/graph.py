@@ -19,7 +19,15 @@ import networkx
 import torch
 
 from attrfast.channels import Discovery
-from attrfast.stages import INF, Stage, Uses, argument, find_stages, has_fresh_gradient, uses_of
+from attrfast.stages import (
+    INF,
+    Stage,
+    Uses,
+    argument,
+    find_stages,
+    has_fresh_gradient,
+    uses_of,
+)
 from attrfast.trace import CONVOLUTIONS, Call, Param, Ref
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from attrfast import ops
 from attrfast.matrix import Columns, ScoreMatrix
+from attrfast.signatures import batch_norm_arguments, bound_arguments
 from attrfast.stages import relu_ceiling
 from attrfast.trace import CONVOLUTIONS, call_name, is_inplace, opened
-from attrfast.units import Units
 
 
 class Tap(torch.autograd.Function):
@@ -107,33 +107,6 @@ def folded_batch_norm(
         scale = scale * weight.to(dtype)
     shift = -mean.to(dtype) * scale
     return scale, shift if bias is None else shift + bias.to(dtype)
-
-
-def batch_norm_arguments(
-    args: Sequence[Any], kwargs: dict[str, Any]
-) -> tuple[Any, Any, Any, Any, Any, bool, float]:
-    """(input, mean, var, weight, bias, training, eps) of a `torch.nn.functional.batch_norm` call."""
-    names = (
-        "input",
-        "running_mean",
-        "running_var",
-        "weight",
-        "bias",
-        "training",
-        "momentum",
-        "eps",
-    )
-    defaults = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
-    given = defaults | dict(zip(names, args, strict=False)) | kwargs
-    return (
-        given["input"],
-        given["running_mean"],
-        given["running_var"],
-        given["weight"],
-        given["bias"],
-        bool(given["training"]),
-        float(given["eps"]),
-    )
 
 
 class _FrozenConvolution(torch.autograd.Function):
@@ -289,45 +262,6 @@ def _frozen_convolution(
     )
     assert isinstance(out, torch.Tensor)
     return out
-
-
-_SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
-    "linear": (("bias", None),),
-    **{
-        f"conv{d}d": (
-            ("bias", None),
-            ("stride", 1),
-            ("padding", 0),
-            ("dilation", 1),
-            ("groups", 1),
-        )
-        for d in (1, 2, 3)
-    },
-    **{
-        f"conv_transpose{d}d": (
-            ("bias", None),
-            ("stride", 1),
-            ("padding", 0),
-            ("output_padding", 0),
-            ("groups", 1),
-            ("dilation", 1),
-        )
-        for d in (1, 2, 3)
-    },
-}
-
-
-def bound_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """All arguments of a convolution or linear call by position: input, weight, bias, ..."""
-    names = (("input", None), ("weight", None), *_SIGNATURES[name])
-    rest = names[len(args) :]
-    return [*args, *(kwargs.get(key, default) for key, default in rest)]
-
-
-def reader_weights(model: nn.Module, units: Units) -> dict[str, str]:
-    """Full name of a reader's weight -> name of the reader (a module, or the weight itself)."""
-    modules = dict(model.named_modules())
-    return {f"{name}.weight" if name in modules else name: name for name in units.inputs}
 
 
 def _arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[int, str, Any], Any]:

@@ -16,7 +16,8 @@ from attrfast.channels import Discovery
 from attrfast.fused import PlanMismatch, PlanMode
 from attrfast.graph import Plan, make_plan
 from attrfast.matrix import Columns, ScoreMatrix
-from attrfast.taps import TapMode, reader_weights
+from attrfast.taps import TapMode
+from attrfast.units import reader_weights
 
 log = logging.getLogger(__name__)
 

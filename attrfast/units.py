@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,9 @@ class Units:
     def total_filters(self) -> int:
         """N of the paper: the filters of all units, removable or not."""
         return int(self.size.sum())
+
+
+def reader_weights(model: nn.Module, units: Units) -> dict[str, str]:
+    """Full name of a reader's weight -> name of the reader (a module, or the weight itself)."""
+    modules = dict(model.named_modules())
+    return {f"{name}.weight" if name in modules else name: name for name in units.inputs}

@@ -1,6 +1,11 @@
 """Criteria: from the score matrix S, or from the weights, to one importance a unit."""
 
-from attrfast.criteria.base import Criterion, criterion_names, get_criterion, register_criterion
+from attrfast.criteria.base import (
+    Criterion,
+    criterion_names,
+    get_criterion,
+    register_criterion,
+)
 from attrfast.criteria.gradient import Attribution, Taylor, TaylorFO, TaylorGuided
 from attrfast.criteria.reductions import REDUCTIONS, Reduction
 from attrfast.criteria.weights import L1, L2, Random, WeightNorm

@@ -1,0 +1,62 @@
+"""Runs a model as if units were gone: the definition of what surgery must equal.
+
+A removed unit's channels are zero wherever a reader takes them in. No hook is set and nothing is written
+to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from attrfast.signatures import bound_arguments
+from attrfast.trace import CONVOLUTIONS, call_name, opened
+from attrfast.units import Units, reader_weights
+
+
+class masked(TorchFunctionMode):  # noqa: N801 - read as a context: `with masked(...): model(x)`
+    """Context in which the model computes without the removed units.
+
+    Args:
+        model: the whole model.
+        units: its units.
+        removed: (U,) bool.
+    """
+
+    def __init__(self, model: nn.Module, units: Units, removed: torch.Tensor) -> None:
+        super().__init__()
+        state = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.keep: dict[int, torch.Tensor] = {}
+        for weight, name in reader_weights(model, units).items():
+            row = units.inputs[name]
+            gone = (row >= 0) & removed[row.clamp(min=0)]
+            if bool(gone.any()):
+                self.keep[id(state[weight])] = (~gone).to(state[weight].device)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        kinds: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        inner = opened(func)
+        if inner is not None:
+            with self:
+                return inner(*args, **kwargs)
+        name = call_name(func)
+        if name in CONVOLUTIONS or name == "linear":
+            x, weight, *rest = bound_arguments(name, args, kwargs)
+            keep = self.keep.get(id(weight))
+            if keep is not None:
+                dim = x.dim() - 1 if name == "linear" else x.dim() - int(name[-2]) - 1
+                shape = [1] * x.dim()
+                shape[dim] = len(keep)
+                x = torch.where(keep.view(shape), x, torch.zeros((), dtype=x.dtype, device=x.device))
+            return func(x, weight, *rest)
+        return func(*args, **kwargs)
