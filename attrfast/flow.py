@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from attrfast.labels import NONE, Channels, Labels
-from attrfast.trace import CONVOLUTIONS, Call, Param, Ref, Trace
+from attrfast.trace import CONVOLUTIONS, Call, Param, Ref, Trace, argument
 
 _POINTWISE = frozenset(
     """
@@ -162,7 +162,7 @@ class Analysis:
 
     def _reader(self, call: Call, kinds: tuple[type, ...]) -> tuple[str | None, nn.Module | None]:
         """Name of the module (or bare parameter) whose weight this call uses, and the module itself."""
-        weight = _argument(call, 1, "weight")
+        weight = argument(call, 1, "weight")
         if not isinstance(weight, Param):
             return None, None
         owner = self.owners.get(weight.name)
@@ -185,7 +185,7 @@ class Analysis:
 
     def _source(self, call: Call, dim: int) -> tuple[int, ...] | None:
         """Labels of the call's first input along `dim`, or None where no filter made it."""
-        ref = _argument(call, 0, "input")
+        ref = argument(call, 0, "input")
         channels = self.channels.get(ref.value) if isinstance(ref, Ref) else None
         if channels is None:
             return None
@@ -196,7 +196,7 @@ class Analysis:
 
     def _convolution(self, call: Call) -> None:
         spatial = int(call.name[-2])
-        ref = _argument(call, 0, "input")
+        ref = argument(call, 0, "input")
         assert isinstance(ref, Ref)
         dim = self._ndim(ref.value) - spatial - 1
         sources = self._source(call, dim)
@@ -247,7 +247,7 @@ class Analysis:
                 self.labels.unite(labels[i % size], label, "its group reads an input of the model")
 
     def _linear(self, call: Call) -> None:
-        ref = _argument(call, 0, "input")
+        ref = argument(call, 0, "input")
         assert isinstance(ref, Ref)
         dim = self._ndim(ref.value) - 1
         sources = self._source(call, dim)
@@ -284,7 +284,7 @@ class Analysis:
         self._set(call, Channels(1, sources))
 
     def _prelu(self, call: Call) -> None:
-        ref, weight = _argument(call, 0, "input"), _argument(call, 1, "weight")
+        ref, weight = argument(call, 0, "input"), argument(call, 1, "weight")
         channels = self.channels.get(ref.value) if isinstance(ref, Ref) else None
         if channels is None or channels.dim != 1:
             self._opaque(call)
@@ -318,12 +318,12 @@ class Analysis:
             self.outputs[name] = tuple(labels)
 
     def _layer_norm(self, call: Call) -> None:
-        ref = _argument(call, 0, "input")
+        ref = argument(call, 0, "input")
         channels = self.channels.get(ref.value) if isinstance(ref, Ref) else None
         if channels is None:
             self._opaque(call)
             return
-        shape = _argument(call, 1, "normalized_shape")
+        shape = argument(call, 1, "normalized_shape")
         first = self._ndim(ref.value) - (len(shape) if isinstance(shape, (tuple, list)) else 1)
         if channels.dim >= first:
             self.labels.freeze(
@@ -400,9 +400,9 @@ class Analysis:
         if channels is None:
             return
         rank = self._ndim(value)
-        raw = _argument(call, 1, "dim", _MISSING)
+        raw = argument(call, 1, "dim", _MISSING)
         if call.name in ("norm", "normalize", "vector_norm"):
-            raw = _argument(call, 2, "dim", 1 if call.name == "normalize" else _MISSING)
+            raw = argument(call, 2, "dim", 1 if call.name == "normalize" else _MISSING)
         if raw is _MISSING or raw is None:
             self._opaque(call)
             return
@@ -417,8 +417,8 @@ class Analysis:
         self._set(call, Channels(channels.dim - shift, channels.labels))
 
     def _cat(self, call: Call) -> None:
-        parts = _argument(call, 0, "tensors")
-        raw = _argument(call, 1, "dim", call.kwargs.get("axis", 0))
+        parts = argument(call, 0, "tensors")
+        raw = argument(call, 1, "dim", call.kwargs.get("axis", 0))
         out = call.outputs[0]
         along = int(raw) % self._ndim(out)
         known = {self.channels[v].dim for v in call.inputs if v in self.channels}
@@ -451,7 +451,7 @@ class Analysis:
         channels = self.channels.get(value)
         if channels is None:
             return
-        widths = _argument(call, 1, "pad")
+        widths = argument(call, 1, "pad")
         place = 2 * (self._ndim(value) - 1 - channels.dim)
         before, after = (tuple(widths) + (0,) * (place + 2))[place : place + 2]
         if before < 0 or after < 0:
@@ -568,12 +568,6 @@ _MISSING: Any = object()
 
 def _identity_of(call: Call) -> Call:
     return Call(call.index, "clone", torch.clone, call.args[:1], {}, call.inputs[:1], call.outputs)
-
-
-def _argument(call: Call, position: int, keyword: str, default: Any = None) -> Any:
-    if position < len(call.args):
-        return call.args[position]
-    return call.kwargs.get(keyword, default)
 
 
 def _leaves(tree: Any) -> Iterable[Any]:

@@ -23,12 +23,11 @@ from attrfast.stages import (
     INF,
     Stage,
     Uses,
-    argument,
     find_stages,
     has_fresh_gradient,
     uses_of,
 )
-from attrfast.trace import CONVOLUTIONS, Call, Param, Ref
+from attrfast.trace import CONVOLUTIONS, Call, Param, Ref, argument
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from attrfast.trace import Call, Param, Ref, Trace
+from attrfast.trace import Call, Param, Ref, Trace, argument
 
 _FRESH_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 _PLAIN_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
@@ -76,12 +76,6 @@ def uses_of(record: Trace) -> Uses:
         if call.overwrites is not None:
             uses.overwritten[call.overwrites] = call
     return uses
-
-
-def argument(call: Call, position: int, keyword: str, default: Any = None) -> Any:
-    if position < len(call.args):
-        return call.args[position]
-    return call.kwargs.get(keyword, default)
 
 
 def relu_ceiling(name: str, call_argument: Any) -> float | None:

@@ -51,6 +51,13 @@ class Call:
     overwrites: int | None = None  # the value whose memory this call changed
 
 
+def argument(call: Call, position: int, keyword: str, default: Any = None) -> Any:
+    """An argument of a recorded call, by position or keyword."""
+    if position < len(call.args):
+        return call.args[position]
+    return call.kwargs.get(keyword, default)
+
+
 @dataclass
 class Trace:
     """A recorded forward pass.
