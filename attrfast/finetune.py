@@ -1,0 +1,212 @@
+"""Recovers accuracy after a cut: ordinary training, configured or by the user's own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from attrfast.batches import Batch, check_labels, main_output, unpack
+from attrfast.errors import AttrfastError, InputError, NumericalError
+from attrfast.objective import Loss, LossFunction
+
+Parameters = Iterable[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """How to fine-tune after a cut. Augmentation is the loader's.
+
+    Attributes:
+        epochs: passes over the loader.
+        optimizer: `"sgd"`, `"adam"`, `"adamw"`, or a callable from parameters to an optimizer.
+        lr: learning rate at the start; for `"onecycle"` the highest.
+        momentum: of SGD (Nesterov).
+        weight_decay: of the named optimizers.
+        schedule: `"cosine"` (to 0), `"constant"`, `"onecycle"`, or a callable
+            `(optimizer, steps) -> scheduler`, stepped after every batch.
+        label_smoothing: of the cross-entropy.
+        max_grad_norm: gradients are clipped to this norm; None: not clipped.
+        amp_dtype: `torch.bfloat16` or `torch.float16` trains under autocast.
+        aux_weight: weight of the loss of auxiliary heads (outputs whose field name begins with "aux",
+            as in GoogLeNet and Inception).
+    """
+
+    epochs: int = 1
+    optimizer: str | Callable[[Parameters], torch.optim.Optimizer] = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str | Callable[[torch.optim.Optimizer, int], Any] = "cosine"
+    label_smoothing: float = 0.0
+    max_grad_norm: float | None = None
+    amp_dtype: torch.dtype | None = None
+    aux_weight: float = field(default=0.3)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.epochs, int) or self.epochs < 0:
+            raise InputError(f"epochs must be a whole number of at least 0, got {self.epochs!r}")
+        if not self.lr > 0:
+            raise InputError(f"lr must be above 0, got {self.lr!r}")
+        if isinstance(self.optimizer, str) and self.optimizer not in ("sgd", "adam", "adamw"):
+            raise InputError(
+                f"optimizer must be 'sgd', 'adam', 'adamw' or a callable, got {self.optimizer!r}"
+            )
+        if isinstance(self.schedule, str) and self.schedule not in ("cosine", "constant", "onecycle"):
+            raise InputError(
+                f"schedule must be 'cosine', 'constant', 'onecycle' or a callable, got "
+                f"{self.schedule!r}"
+            )
+
+
+FineTuneLike = int | FineTune | Callable[[nn.Module, int], None]
+
+
+def as_finetune(finetune: FineTuneLike) -> FineTune | Callable[[nn.Module, int], None]:
+    """Epochs, a configuration or a callable, told apart.
+
+    Raises:
+        InputError: it is none of the three.
+    """
+    if isinstance(finetune, bool):
+        raise InputError(f"finetune must be epochs, a FineTune or a callable, got {finetune!r}")
+    if isinstance(finetune, int):
+        return FineTune(epochs=finetune)
+    if isinstance(finetune, FineTune) or callable(finetune):
+        return finetune
+    raise InputError(
+        f"finetune must be a number of epochs, an attrfast.FineTune or a callable (model, step), got "
+        f"{type(finetune).__name__}"
+    )
+
+
+def fine_tune(
+    model: nn.Module,
+    loader: Iterable[Any],
+    how: FineTune | Callable[[nn.Module, int], None],
+    *,
+    step: int,
+    loss_fn: LossFunction | None = None,
+    device: torch.device,
+    seed: int = 0,
+) -> None:
+    """Trains a model in place, and puts its training flags back.
+
+    The built-in training draws from a random state of its own, so that the same seed and step give the
+    same result, and the global state stays as it was.
+
+    Raises:
+        AttrfastError: the user's callable raised; its error is the cause.
+        NumericalError: the loss is not finite.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        if isinstance(how, FineTune):
+            devices = [device] if device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed + step)
+                _train(model, loader, how, loss_fn, device)
+        else:
+            try:
+                how(model, step)
+            except AttrfastError:
+                raise
+            except Exception as error:
+                raise AttrfastError(
+                    f"your finetune callable raised {type(error).__name__} at step {step}: {error}"
+                ) from error
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _train(
+    model: nn.Module,
+    loader: Iterable[Any],
+    how: FineTune,
+    loss_fn: LossFunction | None,
+    device: torch.device,
+) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if how.epochs == 0 or not parameters:
+        return
+    optimizer = _optimizer(how, parameters)
+    loss = Loss(loss_fn) if loss_fn is not None else None
+    batches = len(loader) if isinstance(loader, Sized) else None
+    scheduler = _scheduler(how, optimizer, batches)
+    scaler = torch.amp.GradScaler(device.type, enabled=how.amp_dtype == torch.float16)
+    normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    model.train()
+    for epoch in range(how.epochs):
+        for raw in loader:
+            batch = unpack(raw, device)
+            if batch.samples == 1 and normalised:
+                continue  # a batch norm has no statistics of one sample
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype=how.amp_dtype, enabled=how.amp_dtype is not None):
+                value = _loss(model, batch, how, loss)
+            if device.type == "cpu" and not bool(torch.isfinite(value)):
+                raise NumericalError(
+                    f"the loss became {float(value)} in epoch {epoch + 1} of fine-tuning; lower lr "
+                    f"({how.lr}), or set max_grad_norm"
+                )
+            scaler.scale(value).backward()
+            if how.max_grad_norm is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(parameters, how.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            if scheduler is not None and batches is not None:
+                scheduler.step()
+        if scheduler is not None and batches is None:
+            scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _loss(model: nn.Module, batch: Batch, how: FineTune, loss: Loss | None) -> torch.Tensor:
+    """Mean over the batch's samples."""
+    output = batch.feed(model)
+    if loss is not None:
+        return loss(output, batch.raw, batch.labels, batch.samples) / batch.samples
+    logits = main_output(output)
+    check_labels(batch.labels, logits)
+    labels = batch.labels.long()
+    value = functional.cross_entropy(logits, labels, label_smoothing=how.label_smoothing)
+    for name in getattr(output, "_fields", ()):
+        aux = getattr(output, name)
+        if name.startswith("aux") and isinstance(aux, torch.Tensor):
+            value = value + how.aux_weight * functional.cross_entropy(
+                aux, labels, label_smoothing=how.label_smoothing
+            )
+    return value
+
+
+def _optimizer(how: FineTune, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if callable(how.optimizer):
+        return how.optimizer(parameters)
+    if how.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=how.lr,
+            momentum=how.momentum,
+            weight_decay=how.weight_decay,
+            nesterov=how.momentum > 0,
+        )
+    kind = torch.optim.Adam if how.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=how.lr, weight_decay=how.weight_decay)
+
+
+def _scheduler(how: FineTune, optimizer: torch.optim.Optimizer, batches: int | None) -> Any:
+    """Stepped every batch where the number of batches is known, else every epoch."""
+    steps = max(1, how.epochs * (batches or 1))
+    if callable(how.schedule):
+        return how.schedule(optimizer, steps)
+    if how.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if how.schedule == "onecycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=how.lr, total_steps=steps + 1)
+    return None

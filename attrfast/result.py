@@ -1,0 +1,114 @@
+"""What `prune` gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of the history; row 0 is the original model.
+
+    Attributes:
+        step: 0, 1, 2, ...
+        phi: filters left, as a share of those at the start.
+        filters: filters left.
+        top1: share of samples, after fine-tuning (NaN for a model that does not classify).
+        loss: mean over samples, after fine-tuning.
+        macs, params: multiply-adds of one sample, and parameters.
+        macs_pruned_percent, params_pruned_percent: of the original's, in percent.
+        removed: filters removed in this step, by layer (the name of its first convolution).
+        seconds_scoring, seconds_cutting, seconds_tuning: wall time.
+    """
+
+    step: int
+    phi: float
+    filters: int
+    top1: float
+    loss: float
+    macs: int
+    params: int
+    macs_pruned_percent: float
+    params_pruned_percent: float
+    removed: dict[str, int] = field(default_factory=dict)
+    seconds_scoring: float = 0.0
+    seconds_cutting: float = 0.0
+    seconds_tuning: float = 0.0
+
+
+@dataclass
+class PruneResult:
+    """A smaller model, and how it came about.
+
+    Attributes:
+        model: the pruned model.
+        history: one row a step.
+        gates: convolution -> (filters of the original,) bool, true for those that are left.
+        criterion: name of the criterion.
+        stopped: why the loop ended, in words.
+    """
+
+    model: nn.Module
+    history: list[Step]
+    gates: dict[str, torch.Tensor]
+    criterion: str
+    stopped: str
+
+    def summary(self) -> str:
+        """A table of the history, one line a step."""
+        table = Table(title=f"{self.criterion}: {self.stopped}", title_justify="left")
+        for name in ("step", "filters", "φ", "top-1", "loss", "MACs", "pruned", "params", "pruned"):
+            table.add_column(name, justify="right")
+        table.add_column("score/cut/tune", justify="right")
+        for row in self.history:
+            table.add_row(
+                str(row.step),
+                str(row.filters),
+                f"{row.phi:.3f}",
+                "-" if row.top1 != row.top1 else f"{100 * row.top1:.2f}%",
+                f"{row.loss:.4f}",
+                _short(row.macs),
+                f"{row.macs_pruned_percent:.1f}%",
+                _short(row.params),
+                f"{row.params_pruned_percent:.1f}%",
+                f"{row.seconds_scoring:.1f}/{row.seconds_cutting:.1f}/{row.seconds_tuning:.1f} s",
+            )
+        text = io.StringIO()
+        Console(file=text, width=112, color_system=None).print(table)
+        return text.getvalue().rstrip()
+
+    def save_history(self, path: str | Path) -> None:
+        """Writes the history as JSON: a list of rows."""
+        rows = [dataclasses.asdict(row) for row in self.history]
+        Path(path).write_text(json.dumps(rows, indent=1) + "\n")
+
+    def __repr__(self) -> str:
+        last = self.history[-1]
+        return (
+            f"PruneResult({self.criterion}, {len(self.history) - 1} steps, φ={last.phi:.3f}, MACs "
+            f"-{last.macs_pruned_percent:.1f}%, params -{last.params_pruned_percent:.1f}%)"
+        )
+
+
+def _short(count: int) -> str:
+    value: float = count
+    for unit in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}T"
+
+
+def row_from_json(row: dict[str, Any]) -> Step:
+    """A row that was written as JSON."""
+    return Step(**row)
