@@ -23,8 +23,6 @@ def find_units(
     model: nn.Module,
     inputs: Sequence[Any],
     kwargs: dict[str, Any] | None = None,
-    *,
-    strict: bool = False,
 ) -> Units:
     """Finds the units of a model: filters that can only be removed together, and their readers.
 
@@ -35,13 +33,11 @@ def find_units(
         model: any module.
         inputs: positional inputs of a small batch (two samples are enough), on the model's device.
         kwargs: keyword inputs.
-        strict: take sizes in `view` and `reshape` as constants of the model's code rather than as
-            computed from the tensor's shape. Leaves more layers whole.
 
     Raises:
         ModelError: the forward pass fails, or no convolution was called.
     """
-    return discover(model, inputs, kwargs, strict=strict).units
+    return discover(model, inputs, kwargs).units
 
 
 @dataclass(frozen=True)
@@ -64,11 +60,9 @@ def discover(
     model: nn.Module,
     inputs: Sequence[Any],
     kwargs: dict[str, Any] | None = None,
-    *,
-    strict: bool = False,
 ) -> Discovery:
     """`find_units`, with the recorded pass that it was found in."""
-    analysis = Analysis(model, strict=strict)
+    analysis = Analysis(model)
     record = trace(model, inputs, kwargs)
     analysis.run(record)
     channels = dict(analysis.channels)

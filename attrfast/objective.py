@@ -14,75 +14,45 @@ from torch import nn
 
 from attrfast.batches import check_labels, main_output
 from attrfast.criteria import Criterion
-from attrfast.errors import InputError, ModelError
+from attrfast.errors import AttrfastError, InputError, ModelError
 from attrfast.rows import rows
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
 
-class Objective:
-    """J of one batch, from the model's output.
+class Loss:
+    """A user's loss as a sum over samples.
 
     Args:
-        criterion: whose objective is differentiated.
-        loss_fn: takes the objective's place where the criterion measures a loss. Called as
-            `loss_fn(output, batch)`; a `torch.nn` loss module as `loss_fn(main output, labels)`.
+        loss_fn: called as `loss_fn(output, batch)`; a `torch.nn` loss module as
+            `loss_fn(main output, labels)`. Returns one value a sample, or their sum or mean.
     """
 
-    def __init__(self, criterion: Criterion, loss_fn: LossFunction | None) -> None:
-        self.criterion = criterion
-        self.loss_fn = loss_fn if criterion.uses_loss else None
+    def __init__(self, loss_fn: LossFunction) -> None:
+        self.loss_fn = loss_fn
         self._kind: str | None = None  # of a scalar loss: "mean" or "sum"
 
     def __call__(self, output: Any, batch: Any, labels: Any, samples: int) -> torch.Tensor:
-        """J, summed over the batch's samples: 0-d, float32 or float64.
+        """0-d, differentiable where the loss is.
 
         Raises:
-            InputError: the loss is neither one value a sample nor their mean or sum, or a label is
-                outside the outputs.
-            ModelError: the objective is not differentiable.
+            InputError: the loss is neither one value a sample nor their mean or sum.
         """
-        if self.loss_fn is not None:
-            values = _call(self.loss_fn, output, batch, labels)
-            if values.dim() == 0:
-                values = values * self._scale(values, output, batch, labels, samples)
-            elif values.shape[0] == samples:
-                values = values.sum()
-            else:
-                raise InputError(
-                    f"loss_fn returned a tensor of shape {tuple(values.shape)} for {samples} samples; "
-                    f"return one value a sample, or their mean or sum"
-                )
-            total = values * self.criterion.loss_sign
-        else:
-            logits = main_output(output)
-            if logits.dim() != 2 or not logits.is_floating_point():
-                raise InputError(
-                    f"the model's output has shape {tuple(logits.shape)} and dtype {logits.dtype}, not "
-                    f"(samples, classes); give loss_fn(output, batch) and a criterion that uses it"
-                )
-            check_labels(labels, logits)
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            values = self.criterion.objective(logits.to(dtype), labels.long())
-            if values.shape != (samples,):
-                raise InputError(
-                    f"the objective of {self.criterion.name!r} returned shape {tuple(values.shape)} "
-                    f"for {samples} samples; return one value a sample"
-                )
-            total = values.sum()
-        if not total.requires_grad:
-            raise ModelError(
-                "the objective has no gradient: no differentiable path leads from a convolution to the "
-                "model's output; look for torch.no_grad() or .detach() in forward, or in the loss"
+        values = _call(self.loss_fn, output, batch, labels)
+        if values.dim() == 0:
+            return values * self._scale(values, output, batch, labels, samples)
+        if values.shape[0] != samples:
+            raise InputError(
+                f"loss_fn returned a tensor of shape {tuple(values.shape)} for {samples} samples; "
+                f"return one value a sample, or their mean or sum"
             )
-        return total.to(torch.promote_types(total.dtype, torch.float32))
+        return values.sum()
 
     def _scale(
         self, value: torch.Tensor, output: Any, batch: Any, labels: Any, samples: int
     ) -> float:
         """What turns a scalar loss into a sum over samples: 1 or the number of samples."""
         if self._kind is None and samples > 1:
-            assert self.loss_fn is not None
             first = samples // 2
             parts = []
             with torch.no_grad():
@@ -96,20 +66,73 @@ class Objective:
             kind = min(error, key=lambda k: error[k])
             if error[kind] > 1e-3 * size:
                 raise InputError(
-                    f"loss_fn returned one number, {whole:g}, which is neither the mean ({mean:g}) nor "
-                    f"the sum ({sum(parts):g}) of its values on the two halves of the batch; return one "
-                    f"value a sample (in torch's losses: reduction='none')"
+                    f"loss_fn returned one number, {whole:g}, which is neither the mean ({mean:g}) "
+                    f"nor the sum ({sum(parts):g}) of its values on the two halves of the batch; "
+                    f"return one value a sample (in torch's losses: reduction='none')"
                 )
             if size > 0:
                 self._kind = kind
         return float(samples) if self._kind == "mean" else 1.0
 
 
+class Objective:
+    """J of one batch, from the model's output.
+
+    Args:
+        criterion: whose objective is differentiated.
+        loss_fn: takes the objective's place where the criterion measures a loss.
+    """
+
+    def __init__(self, criterion: Criterion, loss_fn: LossFunction | None) -> None:
+        self.criterion = criterion
+        self.loss = Loss(loss_fn) if loss_fn is not None and criterion.uses_loss else None
+
+    def __call__(self, output: Any, batch: Any, labels: Any, samples: int) -> torch.Tensor:
+        """J, summed over the batch's samples: 0-d, float32 or float64.
+
+        Raises:
+            InputError: the output is no matrix of logits, or a label is outside it.
+            ModelError: the objective is not differentiable.
+        """
+        if self.loss is not None:
+            total = self.loss(output, batch, labels, samples) * self.criterion.loss_sign
+        else:
+            logits = main_output(output)
+            if logits.dim() != 2 or not logits.is_floating_point():
+                raise InputError(
+                    f"the model's output has shape {tuple(logits.shape)} and dtype {logits.dtype}, "
+                    f"not (samples, classes); give loss_fn(output, batch) and a criterion that uses it"
+                )
+            check_labels(labels, logits)
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            values = self.criterion.objective(logits.to(dtype), labels.long())
+            if values.shape != (samples,):
+                raise InputError(
+                    f"the objective of {self.criterion.name!r} returned shape {tuple(values.shape)} "
+                    f"for {samples} samples; return one value a sample"
+                )
+            total = values.sum()
+        if not total.requires_grad:
+            raise ModelError(
+                "the objective has no gradient: no differentiable path leads from a convolution to "
+                "the model's output; look for torch.no_grad() or .detach() in forward, or in the loss"
+            )
+        return total.to(torch.promote_types(total.dtype, torch.float32))
+
+
 def _call(loss_fn: LossFunction, output: Any, batch: Any, labels: Any) -> torch.Tensor:
-    if isinstance(loss_fn, nn.modules.loss._Loss):
-        value = loss_fn(main_output(output), labels)
-    else:
-        value = loss_fn(output, batch)
+    try:
+        if isinstance(loss_fn, nn.modules.loss._Loss):
+            value = loss_fn(main_output(output), labels)
+        else:
+            value = loss_fn(output, batch)
+    except AttrfastError:
+        raise
+    except Exception as error:
+        raise AttrfastError(
+            f"your loss_fn raised {type(error).__name__}: {error}; it is called as "
+            f"loss_fn(output, batch)"
+        ) from error
     if not isinstance(value, torch.Tensor):
         raise InputError(f"loss_fn returned {type(value).__name__}; it must return a tensor")
     return value

@@ -1,0 +1,106 @@
+"""Steps of a pruning run on disk, so that a run that was cut off goes on where it stopped.
+
+A step is two files: the weights (safetensors) and what is needed to rebuild the layers around them
+(JSON). Both are written beside their place and moved there, so a file is whole or not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from attrfast.errors import InputError
+from attrfast.result import Step, row_from_json
+
+_STATE, _WEIGHTS = "pruning.json", "weights-{step:03d}.safetensors"
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A run after one of its steps.
+
+    Attributes:
+        fingerprint: of the original model and the settings, see `fingerprint`.
+        history: rows so far.
+        gates: convolution -> (filters,) bool.
+        weights: the pruned model's parameters and buffers.
+    """
+
+    fingerprint: str
+    history: list[Step]
+    gates: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+def fingerprint(model: nn.Module, settings: dict[str, Any]) -> str:
+    """A hash of a model's values and of the settings of a run."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous().flatten()
+        digest.update(data.view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes the state after the last row of the history."""
+    folder.mkdir(parents=True, exist_ok=True)
+    step = checkpoint.history[-1].step
+    weights = folder / _WEIGHTS.format(step=step)
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in checkpoint.weights.items()}
+    _replace(weights, lambda path: save_file(tensors, path))
+    state = {
+        "fingerprint": checkpoint.fingerprint,
+        "weights": weights.name,
+        "history": [dataclasses.asdict(row) for row in checkpoint.history],
+        "gates": {
+            name: "".join("1" if kept else "0" for kept in gate.tolist())
+            for name, gate in checkpoint.gates.items()
+        },
+    }
+    text = json.dumps(state, indent=1) + "\n"
+    _replace(folder / _STATE, lambda path: path.write_text(text))
+    for old in folder.glob("weights-*.safetensors"):
+        if old.name != weights.name:
+            old.unlink()
+
+
+def _replace(path: Path, write: Any) -> None:
+    beside = path.with_name(path.name + ".part")
+    write(beside)
+    os.replace(beside, path)
+
+
+def load(folder: Path, expected: str) -> Checkpoint | None:
+    """The run's last step, or None where there is none yet.
+
+    Raises:
+        InputError: the files belong to another model or to other settings, or are damaged.
+    """
+    path = folder / _STATE
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_text())
+        weights = load_file(folder / state["weights"])
+        history = [row_from_json(row) for row in state["history"]]
+        gates = {
+            name: torch.tensor([bit == "1" for bit in bits]) for name, bits in state["gates"].items()
+        }
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"the checkpoint in {folder} can't be read: {error}; remove it") from error
+    if state["fingerprint"] != expected:
+        raise InputError(
+            f"the checkpoint in {folder} belongs to another model or other settings; choose another "
+            f"output_dir, or call with resume=False to start again"
+        )
+    return Checkpoint(state["fingerprint"], history, gates, weights)
