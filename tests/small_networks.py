@@ -1,7 +1,7 @@
 """Small networks that are built as users build theirs, not as layers in a row.
 
-Each stands for one thing that an analysis of modules alone would miss. `NETWORKS` lists them all with
-the inputs they take.
+Each stands for one thing that an analysis of modules alone would miss. `NETWORKS` lists them all
+with the inputs they take.
 """
 
 from __future__ import annotations

@@ -155,7 +155,8 @@ def test_attributes_tell_the_new_widths(make: type[nn.Module]) -> None:
         elif isinstance(module, nn.Linear):
             assert module.weight.shape == (module.out_features, module.in_features)
         elif isinstance(module, nn.modules.batchnorm._NormBase):
-            assert module.running_mean is not None and module.running_var is not None
+            assert module.running_mean is not None
+            assert module.running_var is not None
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
                 assert tensor.shape == (module.num_features,)
         elif isinstance(module, nn.PReLU):
@@ -179,7 +180,8 @@ def test_parameters_keep_what_they_were(dtype: torch.dtype, form: torch.memory_f
     assert all(t.dtype == dtype for t in model.parameters())
     assert all(b.dtype in (dtype, torch.int64) for b in model.buffers())
     for name, p in model.named_parameters():
-        assert isinstance(p, nn.Parameter) and p.is_leaf
+        assert isinstance(p, nn.Parameter)
+        assert p.is_leaf
         if p.dim() == 4:
             assert p.is_contiguous(memory_format=form), name
         assert p.grad is None or p.grad.shape == p.shape
@@ -193,7 +195,8 @@ def test_names_hooks_and_training_flags_stay() -> None:
     units = find_units(model, (torch.randn(2, 3, 16, 16),))
     cut(model, units, some_removed(units, 0.3))
     assert list(model.state_dict()) == names
-    assert model.features[0].training and not model.features[1].training
+    assert model.features[0].training
+    assert not model.features[1].training
     assert len(model.features[0]._forward_hooks) == 1
 
 
@@ -218,7 +221,7 @@ def test_a_frozen_unit_is_refused_with_its_reason() -> None:
     frozen = [u for u, reason in enumerate(units.frozen) if reason is not None]
     removed = torch.zeros(len(units), dtype=torch.bool)
     removed[frozen[0]] = True
-    with pytest.raises(ModelError, match="a filter of 0 can't be removed: .+"):
+    with pytest.raises(ModelError, match=r"a filter of 0 can't be removed: .+"):
         cut(model, units, removed)
 
 
@@ -229,7 +232,8 @@ def test_without_leaves_the_model_as_it_was() -> None:
     before = copy.deepcopy(model.state_dict())
     smaller = without(model, (images,), {}, units, some_removed(units, 0.3))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert model.training and smaller.training
+    assert model.training
+    assert smaller.training
     assert smaller.features[0].out_channels < model.features[0].out_channels
 
 
