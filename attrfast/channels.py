@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,15 @@ def discover(
     model: nn.Module,
     inputs: Sequence[Any],
     kwargs: dict[str, Any] | None = None,
+    *,
+    others: Iterable[tuple[Sequence[Any], dict[str, Any]]] = (),
 ) -> Discovery:
-    """`find_units`, with the recorded pass that it was found in."""
+    """`find_units`, with the recorded pass that it was found in.
+
+    Args:
+        others: more inputs and keyword inputs, tried one by one while there are layers that no pass has
+            called: in a model that chooses its way by the data, they may lead to them.
+    """
     analysis = Analysis(model)
     record = trace(model, inputs, kwargs)
     analysis.run(record)
@@ -71,6 +78,9 @@ def discover(
             analysis.run(trace(model, inputs, kwargs, training=True))
         except ModelError as error:
             log.debug("no training-mode trace: %s", error)
+    more = iter(others)
+    while analysis.unseen() and (other := next(more, None)) is not None:
+        analysis.run(trace(model, *other))
     if not analysis.scored:
         raise ModelError(
             "the model called no convolution of its own in the forward pass, so there is no filter to "

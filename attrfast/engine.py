@@ -141,7 +141,7 @@ def attribute(
     amp_dtype: torch.dtype | None = None,
     progress: bool = True,
     seed: int = 0,
-    units: Units | None = None,
+    units: Units | Discovery | None = None,
 ) -> Scores:
     """Scores every filter of a model by how much it contributes, in one pass over the data.
 
@@ -160,7 +160,8 @@ def attribute(
         amp_dtype: `torch.bfloat16` or `torch.float16` runs the forward pass under autocast.
         progress: show a bar when standard error is a terminal.
         seed: of the criterion `random`.
-        units: the model's units, if they are known from an earlier call.
+        units: the model's units, if they are known from an earlier call; with the pass that they were
+            found in (`attrfast.channels.discover`), no other is recorded.
 
     Returns:
         Scores: one value a filter, by the names of the convolutions.
@@ -190,7 +191,6 @@ def attribute(
         for batch in _batches(loader, place, max_batches, progress and rule.needs_data):
             if running is None:
                 found = _discover(model, batch, units)
-                units = found.units
                 if not rule.needs_data:
                     break
                 running = Pass(
@@ -198,15 +198,14 @@ def attribute(
                 )
             for part in batch.split(microbatch or batch.samples):
                 running.add(part)
-        assert units is not None
         if running is None:
-            raw = rule.from_weights(model, units, seed).to(torch.float64)
+            raw = rule.from_weights(model, found.units, seed).to(torch.float64)
         else:
             raw, samples = running.importance(), running.samples
     wide = any(p.dtype == torch.float64 for p in model.parameters())
-    importance = normalized(raw, units, normalize).to(torch.float64 if wide else torch.float32)
+    importance = normalized(raw, found.units, normalize).to(torch.float64 if wide else torch.float32)
     return Scores(
-        units=units,
+        units=found.units,
         importance=importance,
         raw=raw,
         samples=samples,
@@ -224,7 +223,9 @@ def _reduction(criterion: Criterion, name: str | None) -> Reduction:
     return found
 
 
-def _discover(model: nn.Module, batch: Batch, units: Units | None) -> Discovery:
+def _discover(model: nn.Module, batch: Batch, units: Units | Discovery | None) -> Discovery:
+    if isinstance(units, Discovery):
+        return units
     example = next(iter(batch.split(min(2, batch.samples))))
     found = discover(model, example.args, example.kwargs)
     return found if units is None else dataclasses.replace(found, units=units)
