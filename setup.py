@@ -1,0 +1,158 @@
+"""Builds the native module with ninja; everything else is in pyproject.toml.
+
+ATTRFAST_NATIVE=0 skips the native module. ATTRFAST_CUDA=0|1|auto decides about the CUDA sources: `auto`
+(the default) builds them where nvcc is found, 1 insists. What was decided, and why something is missing,
+is written into the package and printed by `python -m attrfast.env`.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+NATIVE = Extension("attrfast._native", sources=[])
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall"]
+ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c".split()
+    + ["-mprefer-vector-width=512"],
+}
+
+
+def wanted() -> bool:
+    return os.environ.get("ATTRFAST_NATIVE", "1").strip() != "0"
+
+
+def cuda_decision() -> str:
+    """What becomes of the CUDA sources, in words; raises where they were insisted on in vain."""
+    choice = os.environ.get("ATTRFAST_CUDA", "auto").strip().lower()
+    if choice not in ("0", "1", "auto"):
+        raise SystemExit(f"ATTRFAST_CUDA must be 0, 1 or auto, got {choice!r}")
+    if choice == "0":
+        return "not built: ATTRFAST_CUDA=0"
+    if not list((ROOT / "csrc").glob("cuda/*.cu")):
+        reason = "this version of attrfast has no CUDA sources"
+    elif shutil.which("nvcc") is None:
+        reason = "nvcc was not found"
+    else:
+        return "built"
+    if choice == "1":
+        raise SystemExit(f"ATTRFAST_CUDA=1, but {reason}")
+    return f"not built: {reason}"
+
+
+def escaped(path: object) -> str:
+    """A path as ninja reads it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class BuildNative(build_ext):
+    """Compiles every source in parallel; a failure leaves attrfast without the native module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        record = {"native": "built", "cuda": cuda_decision(), "compiler": ""}
+        try:
+            record["compiler"] = self.compile(Path(self.get_ext_fullpath(ext.name)))
+        except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+            record["native"] = f"not built: {error}"
+            print(
+                f"attrfast: the native module was not built ({error}). attrfast works without it, "
+                f"on slower PyTorch operations.",
+                file=sys.stderr,
+            )
+        write_record(Path(self.get_ext_fullpath(ext.name)).parent, record)
+
+    def compile(self, target: Path) -> str:
+        import pybind11
+
+        compiler = os.environ.get("CXX") or next(
+            (c for c in ("g++", "clang++", "c++") if shutil.which(c)), ""
+        )
+        if not compiler or shutil.which(compiler.split()[0]) is None:
+            raise RuntimeError(f"no C++ compiler was found{f' ({compiler})' if compiler else ''}")
+        version = subprocess.run(
+            [*compiler.split(), "--version"], check=True, capture_output=True, text=True
+        ).stdout.splitlines()[0]
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target = target.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        quoted = version.replace('"', "").replace("'", "")
+        lines = [
+            "ninja_required_version = 1.3",
+            f"cxx = {compiler}",
+            "rule compile",
+            "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx -shared -fopenmp $in -o $out",
+        ]
+        objects = []
+        for source in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]:
+            flags = [*FLAGS, *(ISA_FLAGS.get(source.stem, []) if X86 else [])]
+            if source.stem == "bindings":
+                flags += [*includes, f"'-DATTRFAST_COMPILER=\"{quoted}\"'"]
+            objects.append(folder / f"{source.stem}.o")
+            lines += [
+                f"build {escaped(objects[-1])}: compile {escaped(source)}",
+                "  flags = " + " ".join(flags).replace("$", "$$"),
+            ]
+        lines.append(f"build {escaped(target)}: link {' '.join(map(escaped, objects))}")
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        result = subprocess.run(
+            [sys.executable, "-m", "ninja", "-C", str(folder)], capture_output=True, text=True
+        )
+        if result.returncode:
+            print(result.stdout[-4000:], result.stderr[-4000:], file=sys.stderr)
+            raise RuntimeError(f"{compiler} failed; its messages stand above")
+        return version
+
+    def get_outputs(self) -> list[str]:
+        # setuptools expects what a failed build did not make.
+        made = [path for path in super().get_outputs() if Path(path).exists()]
+        record = Path(self.get_ext_fullpath(NATIVE.name)).parent / "_build.json"
+        return [*made, *([str(record)] if record.exists() else [])]
+
+    def copy_extensions_to_source(self) -> None:
+        # An editable install: the module goes beside the sources, if there is one.
+        built = Path(self.get_ext_fullpath(NATIVE.name))
+        self.inplace = 0
+        made = Path(self.get_ext_fullpath(NATIVE.name))
+        self.inplace = 1
+        for path in (made, made.parent / "_build.json"):
+            if path.exists():
+                shutil.copy2(path, built.parent / path.name)
+
+
+class BuildPython(build_py):
+    """Notes that no native module was asked for."""
+
+    def run(self) -> None:
+        super().run()
+        if not wanted():
+            record = {"native": "not built: ATTRFAST_NATIVE=0", "cuda": cuda_decision(), "compiler": ""}
+            place = ROOT / "attrfast" if self.editable_mode else Path(self.build_lib) / "attrfast"
+            write_record(place, record)
+
+
+def write_record(folder: Path, record: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+setup(
+    ext_modules=[NATIVE] if wanted() else [],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+)
