@@ -20,7 +20,7 @@ from torch import nn
 from attrfast.errors import InputError
 from attrfast.result import Step, row_from_json
 
-_STATE, _WEIGHTS = "pruning.json", "weights-{step:03d}.safetensors"
+_STATE, _WEIGHTS = "pruning.json", "weights-{run}-{step:03d}.safetensors"
 
 
 @dataclasses.dataclass
@@ -41,21 +41,36 @@ class Checkpoint:
 
 
 def fingerprint(model: nn.Module, settings: dict[str, Any]) -> str:
-    """A hash of a model's values and of the settings of a run."""
+    """A hash of a model's values and of the settings of a run, the same in every process."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         data = tensor.detach().cpu().contiguous().flatten()
         digest.update(data.view(torch.uint8).numpy().tobytes() if data.numel() else b"")
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update(_described(settings).encode())
     return digest.hexdigest()
+
+
+def _described(item: Any) -> str:
+    """Like `repr`, without the addresses that change from process to process."""
+    if isinstance(item, dict):
+        return "{" + ", ".join(f"{key}: {_described(value)}" for key, value in item.items()) + "}"
+    if isinstance(item, (list, tuple)):
+        return "[" + ", ".join(map(_described, item)) + "]"
+    if item is None or isinstance(item, (bool, int, float, str, torch.dtype)):
+        return repr(item)
+    kind = item if hasattr(item, "__qualname__") else type(item)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    inside = {} if kind is item or isinstance(item, nn.Module) else getattr(item, "__dict__", {})
+    return name + _described(inside)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes the state after the last row of the history."""
     folder.mkdir(parents=True, exist_ok=True)
     step = checkpoint.history[-1].step
-    weights = folder / _WEIGHTS.format(step=step)
+    # The run's name keeps the last step of another run readable until this one's is whole.
+    weights = folder / _WEIGHTS.format(run=checkpoint.fingerprint[:8], step=step)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in checkpoint.weights.items()}
     _replace(weights, lambda path: save_file(tensors, path))
     state = {
@@ -94,7 +109,8 @@ def load(folder: Path, expected: str) -> Checkpoint | None:
         weights = load_file(folder / state["weights"])
         history = [row_from_json(row) for row in state["history"]]
         gates = {
-            name: torch.tensor([bit == "1" for bit in bits]) for name, bits in state["gates"].items()
+            name: torch.tensor([bit == "1" for bit in bits])
+            for name, bits in state["gates"].items()
         }
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"the checkpoint in {folder} can't be read: {error}; remove it") from error

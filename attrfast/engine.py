@@ -172,13 +172,13 @@ def attribute(
         NumericalError: an activation, the objective or a gradient is not finite.
         BackendError: the device does not exist here.
     """
-    rule = get_criterion(criterion)
-    how = _reduction(rule, reduction)
-    if normalize not in NORMALIZATIONS:
-        raise InputError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
-    for name, value in (("max_batches", max_batches), ("microbatch", microbatch)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    rule, how = check_options(
+        criterion,
+        normalize=normalize,
+        reduction=reduction,
+        max_batches=max_batches,
+        microbatch=microbatch,
+    )
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides every call
     place = resolve_device(model, device)
     if any(p.device != place for p in model.parameters()):
@@ -203,7 +203,9 @@ def attribute(
         else:
             raw, samples = running.importance(), running.samples
     wide = any(p.dtype == torch.float64 for p in model.parameters())
-    importance = normalized(raw, found.units, normalize).to(torch.float64 if wide else torch.float32)
+    importance = normalized(raw, found.units, normalize).to(
+        torch.float64 if wide else torch.float32
+    )
     return Scores(
         units=found.units,
         importance=importance,
@@ -215,12 +217,29 @@ def attribute(
     )
 
 
-def _reduction(criterion: Criterion, name: str | None) -> Reduction:
-    name = name or criterion.reduction
-    found = REDUCTIONS.get(name)
-    if found is None:
-        raise InputError(f"unknown reduction {name!r}; known: {', '.join(REDUCTIONS)}")
-    return found
+def check_options(
+    criterion: str | Criterion,
+    *,
+    normalize: str | None,
+    reduction: str | None,
+    max_batches: int | None,
+    microbatch: int | None,
+) -> tuple[Criterion, Reduction]:
+    """The criterion and the reduction that `attribute` would use.
+
+    Raises:
+        InputError: an argument is not usable.
+    """
+    rule = get_criterion(criterion)
+    how = REDUCTIONS.get(reduction or rule.reduction)
+    if how is None:
+        raise InputError(f"unknown reduction {reduction!r}; known: {', '.join(REDUCTIONS)}")
+    if normalize not in NORMALIZATIONS:
+        raise InputError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
+    for name, value in (("max_batches", max_batches), ("microbatch", microbatch)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return rule, how
 
 
 def _discover(model: nn.Module, batch: Batch, units: Units | Discovery | None) -> Discovery:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from attrfast.batches import Batch, check_labels, main_output, unpack
 from attrfast.errors import AttrfastError, InputError, NumericalError
 from attrfast.objective import Loss, LossFunction
+from attrfast.seeding import seeded
 
 Parameters = Iterable[nn.Parameter]
 
@@ -56,7 +57,11 @@ class FineTune:
             raise InputError(
                 f"optimizer must be 'sgd', 'adam', 'adamw' or a callable, got {self.optimizer!r}"
             )
-        if isinstance(self.schedule, str) and self.schedule not in ("cosine", "constant", "onecycle"):
+        if isinstance(self.schedule, str) and self.schedule not in (
+            "cosine",
+            "constant",
+            "onecycle",
+        ):
             raise InputError(
                 f"schedule must be 'cosine', 'constant', 'onecycle' or a callable, got "
                 f"{self.schedule!r}"
@@ -96,8 +101,8 @@ def fine_tune(
 ) -> None:
     """Trains a model in place, and puts its training flags back.
 
-    The built-in training draws from a random state of its own, so that the same seed and step give the
-    same result, and the global state stays as it was.
+    The built-in training draws from a random state of its own, so that the same seed gives the same
+    result, and the global state stays as it was. The user's callable draws from the global one.
 
     Raises:
         AttrfastError: the user's callable raised; its error is the cause.
@@ -106,9 +111,7 @@ def fine_tune(
     flags = [(module, module.training) for module in model.modules()]
     try:
         if isinstance(how, FineTune):
-            devices = [device] if device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(seed + step)
+            with seeded(seed, [loader], device):
                 _train(model, loader, how, loss_fn, device)
         else:
             try:
@@ -147,7 +150,9 @@ def _train(
             if batch.samples == 1 and normalised:
                 continue  # a batch norm has no statistics of one sample
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, dtype=how.amp_dtype, enabled=how.amp_dtype is not None):
+            with torch.autocast(
+                device.type, dtype=how.amp_dtype, enabled=how.amp_dtype is not None
+            ):
                 value = _loss(model, batch, how, loss)
             if device.type == "cpu" and not bool(torch.isfinite(value)):
                 raise NumericalError(

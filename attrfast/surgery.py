@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -132,9 +132,7 @@ def _format(x: torch.Tensor) -> torch.memory_format | None:
     return last
 
 
-def _restore(
-    module: nn.Module, before: dict[str, tuple[bool, torch.memory_format | None]]
-) -> None:
+def _restore(module: nn.Module, before: dict[str, tuple[bool, torch.memory_format | None]]) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         flag, form = before[name]
         if form is not None:
@@ -144,8 +142,7 @@ def _restore(
 
 def without(
     model: nn.Module,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
+    inputs: Iterable[tuple[Sequence[Any], dict[str, Any]]],
     units: Units,
     removed: torch.Tensor,
 ) -> nn.Module:
@@ -153,7 +150,7 @@ def without(
 
     Args:
         model: left as it is.
-        args, kwargs: inputs on which the two are compared, on the model's device.
+        inputs: inputs and keyword inputs on which the two are compared, on the model's device.
         units: the model's units.
         removed: (U,) bool.
 
@@ -165,22 +162,27 @@ def without(
     with preserved(model), preserved(smaller), torch.no_grad():
         model.eval()
         smaller.eval()
-        with masked(model, units, removed):
-            expected = list(tensors_in(model(*args, **kwargs)))
-        try:
-            got = list(tensors_in(smaller(*args, **kwargs)))
-        except RuntimeError as error:
-            raise ModelError(f"the smaller model does not run: {error}") from error
-    if len(got) != len(expected) or any(map(_differ, got, expected)):
-        worst = max(
-            (float((a.double() - b.double()).abs().max()) for a, b in zip(got, expected, strict=False)
-             if a.shape == b.shape and a.numel()),
-            default=float("inf"),
-        )
-        raise ModelError(
-            f"the smaller model computes something else than the masked one (off by {worst:.3g})"
-        )
+        for args, kwargs in inputs:
+            with masked(model, units, removed):
+                expected = list(tensors_in(model(*args, **kwargs)))
+            try:
+                got = list(tensors_in(smaller(*args, **kwargs)))
+            except RuntimeError as error:
+                raise ModelError(f"the smaller model does not run: {error}") from error
+            if len(got) != len(expected) or any(map(_differ, got, expected)):
+                raise ModelError(
+                    f"the smaller model computes something else than the masked one (off by "
+                    f"{_worst(got, expected):.3g})"
+                )
     return smaller
+
+
+def _worst(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Largest difference, or infinity where shapes differ."""
+    if [a.shape for a in got] != [b.shape for b in expected]:
+        return float("inf")
+    pairs = zip(got, expected, strict=True)
+    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel())
 
 
 def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:

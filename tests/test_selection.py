@@ -37,7 +37,7 @@ def widths(units: Units, removed: torch.Tensor) -> dict[str, int]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Units, torch.Tensor, int, int, int]:
-    """A network's units, importances with many ties, min_filters, round_to and how many blocks go."""
+    """Units, importances with many ties, min_filters, round_to and how many blocks go."""
     units = UNITS[draw(st.sampled_from(sorted(UNITS)))]
     values = draw(
         st.lists(

@@ -230,7 +230,7 @@ def test_without_leaves_the_model_as_it_was() -> None:
     images = torch.randn(2, 3, 16, 16)
     units = find_units(model, (images,))
     before = copy.deepcopy(model.state_dict())
-    smaller = without(model, (images,), {}, units, some_removed(units, 0.3))
+    smaller = without(model, [((images,), {})], units, some_removed(units, 0.3))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.training
     assert smaller.training
@@ -246,7 +246,7 @@ def test_without_refuses_a_cut_that_computes_something_else() -> None:
     removed = torch.zeros(len(units), dtype=torch.bool)
     removed[0] = True
     with pytest.raises(ModelError, match="does not run"):
-        without(model, (images,), {}, units, removed)
+        without(model, [((images,), {})], units, removed)
 
 
 def test_without_refuses_a_cut_that_keeps_other_channels() -> None:
@@ -256,10 +256,10 @@ def test_without_refuses_a_cut_that_keeps_other_channels() -> None:
     units = find_units(model, (images,))
     removed = torch.zeros(len(units), dtype=torch.bool)
     removed[0] = True
-    without(model, (images,), {}, units, removed)
+    without(model, [((images,), {})], units, removed)
     units.outputs["features.1"] = units.outputs["features.1"].flip(0)
     with pytest.raises(ModelError, match="computes something else"):
-        without(model, (images,), {}, units, removed)
+        without(model, [((images,), {})], units, removed)
 
 
 def test_masking_writes_nothing_to_the_model() -> None:

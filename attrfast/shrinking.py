@@ -1,0 +1,266 @@
+"""A copy of a model that loses filters step by step, and what is left of the original's.
+
+Must not know how importance is measured, nor how the model is trained in between.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from attrfast.batches import Batch
+from attrfast.channels import discover
+from attrfast.cost import CostModel, cost
+from attrfast.errors import ModelError, TargetError
+from attrfast.selection import Block, first_filters, mask, rank, spared
+from attrfast.surgery import cut, without
+from attrfast.targets import Size, Targets
+from attrfast.units import Layer
+
+_MORE_EXAMPLES = 4  # batches that are tried for layers which the first one does not lead to
+
+
+class Shrinking:
+    """The model as it is now.
+
+    Args:
+        model: the original, left as it is.
+        batches: small batches on `device`, at least one. More than the first are read only where it does
+            not lead to all layers.
+        min_filters, round_to: limits of every convolution's width.
+        ignore: modules, or names or patterns of modules, that stay whole.
+
+    Attributes:
+        model: the smaller model.
+        found: its units, and a recorded pass.
+        gates: convolution -> (filters of the original,) bool, true for those that are left.
+
+    Raises:
+        ModelError: nothing can be cut, or the model can't be copied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        device: torch.device,
+        *,
+        min_filters: int,
+        round_to: int,
+        ignore: Iterable[str | nn.Module],
+    ) -> None:
+        self.model = _copied(model).to(device)
+        self._min_filters, self._round_to = min_filters, round_to
+        rest = iter(batches)
+        self._examples = [next(rest)]
+
+        def more() -> Iterable[tuple[Sequence[object], dict[str, object]]]:
+            for _, batch in zip(range(_MORE_EXAMPLES), rest, strict=False):
+                self._examples.append(batch)
+                yield batch.args, batch.kwargs
+
+        first = self._examples[0]
+        self.found = discover(self.model, first.args, first.kwargs, others=more())
+        units = self.found.units
+        self.gates = {
+            name: torch.ones(len(row), dtype=torch.bool) for name, row in units.filters.items()
+        }
+        whole = spared(ignore, model, units)
+        # Names of convolutions stay what they are while filters go, so layers are spared by name.
+        self.whole = {n for n, row in units.filters.items() if bool(whole[row].any())}
+        self._tell_what_stays()
+
+    def _tell_what_stays(self) -> None:
+        stay: dict[str, list[str]] = {}
+        for layer in self.found.units.layers:
+            if layer.frozen is not None and not self.whole.issuperset(layer.convs):
+                stay.setdefault(layer.frozen, []).append(layer.name)
+        if not bool(self._allowed().any()):
+            raise ModelError(
+                "no layer of the model can be pruned: "
+                + (
+                    "; ".join(f"{_list(n)}: {why}" for why, n in stay.items())
+                    or "`ignore` names all"
+                )
+            )
+        for why, names in stay.items():
+            warnings.warn(f"left whole: {_list(names)}: {why}", stacklevel=4)
+
+    def _allowed(self) -> torch.Tensor:
+        """(U,) bool, the units that may go."""
+        units = self.found.units
+        free = torch.tensor([reason is None for reason in units.frozen])
+        for name in self.whole:
+            row = units.filters[name]
+            free[row[row >= 0]] = False
+        return free
+
+    def size(self) -> Size:
+        filters = sum(int(gate.sum()) for gate in self.gates.values())
+        first = self._examples[0]
+        return Size(filters, cost(self.model, first.args, first.kwargs))
+
+    def check_reachable(self, targets: Targets) -> None:
+        """Predicts the size after all cuts that are allowed.
+
+        Raises:
+            TargetError: it is above the targets.
+        """
+        units = self.found.units
+        blocks = self._ranked(torch.zeros(len(units)))
+        now = self.size()
+        predicted = CostModel(self.model, self.found, now.cost).after(mask(blocks, units))
+        self._refuse_unless_reached(
+            targets, Size(now.filters - sum(b.filters for b in blocks), predicted)
+        )
+
+    def _refuse_unless_reached(self, targets: Targets, least: Size) -> None:
+        if targets.sizes and not targets.reached(least):
+            raise TargetError(
+                f"the target can't be reached: with everything gone that may go, "
+                f"{targets.missed(least)}; ask for less, lower min_filters ({self._min_filters}) or "
+                f"round_to ({self._round_to}), or ignore less"
+            )
+
+    def remove(self, importance: torch.Tensor, count: int, targets: Targets) -> dict[str, int]:
+        """Cuts off the least important units.
+
+        Args:
+            importance: (U,) of the units as they are now.
+            count: filters that go at least, unless the targets are reached before.
+
+        Returns:
+            How many filters went, by layer; empty where nothing is left to take.
+
+        Raises:
+            TargetError: nothing is left to take, and the targets are not reached.
+            ModelError: a cut model computes something else, and no layer can be blamed for it.
+        """
+        while blocks := self._chosen(importance, count, targets):
+            units = self.found.units
+            removed = mask(blocks, units)
+            try:
+                self.model = without(self.model, self._inputs, units, removed)
+            except ModelError as error:
+                self._spare_culprits(blocks, error)
+            else:
+                gone = self._close_gates(removed)
+                first, *others = self._inputs
+                self.found = discover(self.model, *first, others=others)
+                return gone
+        return {}
+
+    @property
+    def _inputs(self) -> list[tuple[Sequence[object], dict[str, object]]]:
+        return [(batch.args, batch.kwargs) for batch in self._examples]
+
+    def _ranked(self, importance: torch.Tensor) -> list[Block]:
+        return rank(
+            importance,
+            self.found.units,
+            min_filters=self._min_filters,
+            round_to=self._round_to,
+            allowed=self._allowed(),
+        )
+
+    def _chosen(self, importance: torch.Tensor, count: int, targets: Targets) -> list[Block]:
+        """The lowest blocks: `count` filters, or fewer where the targets are reached before."""
+        blocks = self._ranked(importance)
+        now = self.size()
+        if not blocks:
+            self._refuse_unless_reached(targets, now)
+            return []
+        predictor = CostModel(self.model, self.found, now.cost)
+
+        def enough(number: int) -> bool:
+            taken = blocks[:number]
+            left = now.filters - sum(block.filters for block in taken)
+            return targets.reached(Size(left, predictor.after(mask(taken, self.found.units))))
+
+        low, high = 0, max(1, first_filters(blocks, count))
+        if enough(high):  # the least number that is enough lies in (low, high]
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if enough(middle) else (middle, high)
+        return blocks[:high]
+
+    def _spare_culprits(self, blocks: Sequence[Block], error: ModelError) -> None:
+        """Finds the layers whose cut changes more than it should, and leaves them whole from now on."""
+        units = self.found.units
+        by_layer: dict[int, list[Block]] = {}
+        for block in blocks:
+            by_layer.setdefault(int(units.layer_of[block.units[0]]), []).append(block)
+        culprits: list[Layer] = []
+        for index, mine in by_layer.items():
+            try:
+                without(self.model, self._inputs, units, mask(mine, units))
+            except ModelError as reason:
+                culprits.append(units.layers[index])
+                warnings.warn(f"left whole: {units.layers[index].name}: {reason}", stacklevel=5)
+        if not culprits:
+            names = [units.layers[index].name for index in by_layer]
+            raise ModelError(
+                f"{error}, when {_list(names)} are cut together, though not one by one; leave one of "
+                f"them whole with `ignore`"
+            ) from error
+        for layer in culprits:
+            self.whole.update(layer.convs)
+
+    def _close_gates(self, removed: torch.Tensor) -> dict[str, int]:
+        units = self.found.units
+        gone: dict[str, int] = {}
+        for layer in units.layers:
+            for name in layer.convs:
+                lost = removed[units.filters[name]]
+                if bool(lost.any()):
+                    gone[layer.name] = gone.get(layer.name, 0) + int(lost.sum())
+                    gate = self.gates[name].clone()
+                    gate[torch.nonzero(gate).flatten()[lost]] = False
+                    self.gates[name] = gate
+        return gone
+
+    def restore(self, gates: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+        """Takes the untouched copy to where an earlier run left it."""
+        units = self.found.units
+        removed = torch.zeros(len(units), dtype=torch.bool)
+        for name, gate in gates.items():
+            removed[units.filters[name][~gate]] = True
+        cut(self.model, units, removed)
+        self.model.load_state_dict(weights)
+        self.gates = {name: gate.clone() for name, gate in gates.items()}
+        first, *others = self._inputs
+        self.found = discover(self.model, *first, others=others)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        smaller = copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"the model can't be copied: {error}. Something that it holds, such as a tensor kept from "
+            f"a forward pass, can't be; set it to None first"
+        ) from error
+    for parameter in smaller.parameters():
+        parameter.grad = None
+    return smaller
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more layers"
+
+
+def install(model: nn.Module, smaller: nn.Module) -> None:
+    """Puts a smaller copy's weights and widths into the modules of the model that it was copied from.
+
+    Only these: what else a module holds (hooks, other objects) may point to the model itself.
+    """
+    replacements = dict(smaller.named_modules())
+    for name, module in model.named_modules():
+        for key, value in vars(replacements[name]).items():
+            if key in ("_parameters", "_buffers") or isinstance(value, (int, float, str, tuple)):
+                module.__dict__[key] = value
