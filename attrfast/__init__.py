@@ -1,7 +1,7 @@
 """attrfast: structured filter pruning by fast attribution.
 
-    scores = attrfast.attribute(model, loader)
-    result = attrfast.prune(model, loader, max_macs=0.5)
+scores = attrfast.attribute(model, loader)
+result = attrfast.prune(model, loader, max_macs=0.5)
 """
 
 from attrfast.criteria import Criterion, criterion_names, register_criterion

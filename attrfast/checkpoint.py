@@ -109,8 +109,7 @@ def load(folder: Path, expected: str) -> Checkpoint | None:
         weights = load_file(folder / state["weights"])
         history = [row_from_json(row) for row in state["history"]]
         gates = {
-            name: torch.tensor([bit == "1" for bit in bits])
-            for name, bits in state["gates"].items()
+            name: torch.tensor([bit == "1" for bit in bits]) for name, bits in state["gates"].items()
         }
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"the checkpoint in {folder} can't be read: {error}; remove it") from error

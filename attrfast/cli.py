@@ -33,9 +33,7 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Structured filter pruning by fused attribution kernels."""
@@ -51,9 +49,7 @@ def env() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for pictures and figures.")] = Path(
-        "demo-output"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for pictures and figures.")] = Path("demo-output"),
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and the split.")] = 0,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
 ) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from attrfast.pruner import prune
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from attrfast import data, models, pictures
+from attrfast.pruner import prune
 
 TARGET: Final = 0.4  # multiply-adds of the pruned network as a share of the whole one
 _EPOCHS: Final = 5
@@ -103,7 +103,7 @@ def _train(model: nn.Module, loader: DataLoader[Any], *, progress: bool) -> None
         for _ in range(_EPOCHS):
             for images, labels in loader:
                 optimiser.zero_grad()
-                nn.functional.cross_entropy(model(images), labels).backward()
+                torch.autograd.backward(nn.functional.cross_entropy(model(images), labels))
                 optimiser.step()
                 schedule.step()
                 bar.update()

@@ -83,9 +83,7 @@ class Pass:
         def objective(output: Any) -> torch.Tensor:
             total = self.objective(output, batch.raw, batch.labels, batch.samples)
             if self.device.type == "cpu" and not bool(torch.isfinite(total)):
-                self._explain(
-                    forward, batch, f"the objective of {self.criterion.name!r} is {total:g}"
-                )
+                self._explain(forward, batch, f"the objective of {self.criterion.name!r} is {total:g}")
             return total
 
         # Small gradients vanish in fp16; S is divided by the same power of two, so nothing else changes.
@@ -203,9 +201,7 @@ def attribute(
         else:
             raw, samples = running.importance(), running.samples
     wide = any(p.dtype == torch.float64 for p in model.parameters())
-    importance = normalized(raw, found.units, normalize).to(
-        torch.float64 if wide else torch.float32
-    )
+    importance = normalized(raw, found.units, normalize).to(torch.float64 if wide else torch.float32)
     return Scores(
         units=found.units,
         importance=importance,

@@ -86,4 +86,4 @@ def _hits(output: Any, batch: Batch) -> torch.Tensor | None:
     fits = isinstance(labels, torch.Tensor) and labels.shape == logits.shape[:1] and logits.dim() == 2
     if not fits or labels.is_floating_point():
         return None
-    return (logits.argmax(1) == labels).sum()
+    return torch.sum(logits.argmax(1) == labels)

@@ -63,8 +63,7 @@ class FineTune:
             "onecycle",
         ):
             raise InputError(
-                f"schedule must be 'cosine', 'constant', 'onecycle' or a callable, got "
-                f"{self.schedule!r}"
+                f"schedule must be 'cosine', 'constant', 'onecycle' or a callable, got {self.schedule!r}"
             )
 
 
@@ -150,16 +149,14 @@ def _train(
             if batch.samples == 1 and normalised:
                 continue  # a batch norm has no statistics of one sample
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(
-                device.type, dtype=how.amp_dtype, enabled=how.amp_dtype is not None
-            ):
+            with torch.autocast(device.type, dtype=how.amp_dtype, enabled=how.amp_dtype is not None):
                 value = _loss(model, batch, how, loss)
             if device.type == "cpu" and not bool(torch.isfinite(value)):
                 raise NumericalError(
                     f"the loss became {float(value)} in epoch {epoch + 1} of fine-tuning; lower lr "
                     f"({how.lr}), or set max_grad_norm"
                 )
-            scaler.scale(value).backward()
+            torch.autograd.backward(scaler.scale(value))
             if how.max_grad_norm is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, how.max_grad_norm)

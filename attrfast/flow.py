@@ -168,6 +168,7 @@ class Analysis:
         module = self.modules.get(owner) if owner is not None else None
         if owner is None or not isinstance(module, kinds):
             return weight.name, None
+        assert isinstance(module, nn.Module)
         return owner, module
 
     def _read(self, name: str, labels: Sequence[int], why: str) -> None:
@@ -225,9 +226,7 @@ class Analysis:
                     for j in range(each):
                         self.labels.unite(source, filters[i * each + j], why)
                 if each > 1:
-                    self.labels.freeze(
-                        filters, f"{name} is depthwise with {each} filters a channel"
-                    )
+                    self.labels.freeze(filters, f"{name} is depthwise with {each} filters a channel")
         else:
             if sources is not None:
                 self._read(name, sources, why)
@@ -254,21 +253,15 @@ class Analysis:
         if name is None or module is None:
             if name is not None and sources is not None:
                 self._read(name, sources, "")
-            self._freeze_inputs(
-                call, f"a linear call with the weight {name or '(computed)'} reads it"
-            )
+            self._freeze_inputs(call, f"a linear call with the weight {name or '(computed)'} reads it")
             return
         assert isinstance(module, nn.Linear)
         if sources is not None:
             self._read(name, sources, f"{name} is called on inputs from different places")
         elif name in self.inputs:
-            self.labels.freeze(
-                self.inputs[name], f"{name} is called on inputs from different places"
-            )
+            self.labels.freeze(self.inputs[name], f"{name} is called on inputs from different places")
         rows = self._produce(name, module.out_features)
-        if (
-            dim >= 3
-        ):  # applied at every position of a map, it is a 1x1 convolution in another spelling
+        if dim >= 3:  # applied at every position of a map, it is a 1x1 convolution in another spelling
             self.scored.setdefault(name)
         for value in call.outputs:
             self.channels[value] = Channels(dim, rows)
@@ -289,9 +282,7 @@ class Analysis:
             self._opaque(call)
             return
         module = (
-            self.modules.get(self.owners.get(weight.name, ""))
-            if isinstance(weight, Param)
-            else None
+            self.modules.get(self.owners.get(weight.name, "")) if isinstance(weight, Param) else None
         )
         if not isinstance(module, nn.PReLU) or module.num_parameters > 1:
             state = [weight] if isinstance(weight, Param) else []
@@ -370,9 +361,7 @@ class Analysis:
             if self._ndim(value) == rank:
                 self.channels[value] = Channels(dim, tuple(labels))
 
-    def _check_unlabelled_operands(
-        self, call: Call, dim: int, rank: int, labels: Sequence[int]
-    ) -> None:
+    def _check_unlabelled_operands(self, call: Call, dim: int, rank: int, labels: Sequence[int]) -> None:
         """An operand with one entry a channel that no filter made would have to shrink as well."""
         operands: list[tuple[str, torch.Size]] = []
         for item in _leaves((call.args, call.kwargs)):
@@ -486,9 +475,7 @@ class Analysis:
                     ok = False
                     break
         if not ok:
-            self._freeze_inputs(
-                call, f"{call.name} rearranges it in a way that depends on the width"
-            )
+            self._freeze_inputs(call, f"{call.name} rearranges it in a way that depends on the width")
         for value, tensor, place in zip(call.outputs, whole, found, strict=True):
             if tensor.shape != self.shapes[value]:
                 continue
@@ -545,11 +532,12 @@ class Analysis:
             keep = [i for i, label in enumerate(labels) if label not in gone]
             expected.append(tensor.index_select(dim, torch.tensor(keep, dtype=torch.int64)))
         got = self._run_on_labels(call, gone)
-        if got is not None and len(got) == len(expected):
-            if all(
-                a.shape == b.shape and torch.equal(a, b) for a, b in zip(got, expected, strict=True)
-            ):
-                return True
+        if (
+            got is not None
+            and len(got) == len(expected)
+            and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        ):
+            return True
         if call.name not in _RESHAPES or len(expected) != 1:
             return False
         # The sizes may have been computed from the tensor's own shape, as in x.view(b, c): with the
@@ -608,9 +596,7 @@ def _channel_dim(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]] | None:
     if not varying:
         value = int(tensor.flatten()[0])
         return (
-            (1 if tensor.dim() > 1 and tensor.shape[1] == 1 else 0, (value,))
-            if value == NONE
-            else None
+            (1 if tensor.dim() > 1 and tensor.shape[1] == 1 else 0, (value,)) if value == NONE else None
         )
     dim = varying[0]
     row = tensor

@@ -1,7 +1,7 @@
 """The fast tier: runs a recorded sequence of calls again, stage by stage, with the taps inside.
 
 A stage is one autograd function over one op that works in place. Calls of the model are checked against
-the record one by one; a model that makes others is not run this way (`PlanMismatch`). No hook is set and
+the record one by one; a model that makes others is not run this way (`PlanMismatchError`). No hook is set and
 nothing is written to the model.
 """
 
@@ -33,7 +33,7 @@ from attrfast.trace import (
 Tensor = torch.Tensor
 
 
-class PlanMismatch(Exception):
+class PlanMismatchError(Exception):
     """The model made another call than the recorded one."""
 
 
@@ -177,7 +177,9 @@ def _is_dense(g: Tensor) -> bool:
 
 
 def _input_gradient(run: _Run, gz: Tensor) -> Tensor:
-    assert run.x_like is not None and run.geometry is not None and run.weight is not None
+    assert run.x_like is not None
+    assert run.geometry is not None
+    assert run.weight is not None
     shape, strides, dtype = run.x_like
     stride, padding, dilation, groups = run.geometry
     # The function reads the input's shape and layout alone; this memory is never touched.
@@ -195,7 +197,8 @@ def _input_gradient(run: _Run, gz: Tensor) -> Tensor:
         groups,
         [True, False, False],
     )
-    return gx.to(dtype)
+    out: Tensor = gx.to(dtype)
+    return out
 
 
 class PlanMode(TorchFunctionMode):
@@ -211,7 +214,7 @@ class PlanMode(TorchFunctionMode):
         folded: batch norms by the names of their statistics, folded on an earlier batch.
 
     Raises:
-        PlanMismatch: within the pass, when the model makes another call than the recorded one.
+        PlanMismatchError: within the pass, when the model makes another call than the recorded one.
     """
 
     def __init__(
@@ -252,7 +255,7 @@ class PlanMode(TorchFunctionMode):
         inputs = self.numbering.inputs(args, kwargs)
         if call is None or call.name != name or call.inputs != inputs:
             known = "no further call" if call is None else f"{call.name}{call.inputs}"
-            raise PlanMismatch(f"call {self.index} is {name}{inputs}, recorded was {known}")
+            raise PlanMismatchError(f"call {self.index} is {name}{inputs}, recorded was {known}")
         self.index += 1
         stage = self.plan.stages.get(call.index)
         if stage is not None:
@@ -265,13 +268,15 @@ class PlanMode(TorchFunctionMode):
             )
         made = self.numbering.made(out, written_to(name, args, kwargs))
         if len(made) != len(call.outputs):
-            raise PlanMismatch(f"call {call.index}, {name}, made {len(made)} tensors")
+            raise PlanMismatchError(f"call {call.index}, {name}, made {len(made)} tensors")
         for tensor in made:
             self.numbering.new(tensor)
         if stage is None and len(made) == 1 and call.outputs[0] in self.plan.through:
             value = call.outputs[0]
             if out is not made[0] or not out.is_floating_point():
-                raise PlanMismatch(f"call {call.index}, {name}, made something that can't be tapped")
+                raise PlanMismatchError(
+                    f"call {call.index}, {name}, made something that can't be tapped"
+                )
             out = self._tap(out, value, self.plan.through[value])
             self.numbering.values.put(out, value)
         return out
@@ -324,14 +329,14 @@ class PlanMode(TorchFunctionMode):
         else:
             key = next((v for v in inputs if v in self.running), None)
             if key is None or self.running[key].stage is not stage:
-                raise PlanMismatch(f"call {index}, {name}, does not go on with its stage")
+                raise PlanMismatchError(f"call {index}, {name}, does not go on with its stage")
             run = self.running.pop(key)
         if role == "conv":
             self._convolve(run, index, func, name, args, kwargs)
         elif role == "norm":
             x, mean, var, weight, bias, training, eps = batch_norm_arguments(args, kwargs)
             if training:
-                raise PlanMismatch(f"call {index} normalises by the batch")
+                raise PlanMismatchError(f"call {index} normalises by the batch")
             if first:
                 self._start(run, index, x)
             run.scale, run.shift = self._fold(mean, var, weight, bias, eps)
@@ -396,14 +401,13 @@ class PlanMode(TorchFunctionMode):
 
     def _finish(self, run: _Run) -> Tensor:
         value, x, residual = run.stage.output, run.x, run.residual
-        assert x is not None and run.z is not None
+        assert x is not None
+        assert run.z is not None
         wide = compute_dtype(run.z.dtype)
         if run.scale is not None and run.shift is not None:
             run.scale, run.shift = run.scale.to(wide), run.shift.to(wide)
-        if residual is not None and (
-            residual.dtype != run.z.dtype or residual.shape != run.z.shape
-        ):
-            raise PlanMismatch(f"an addition of {residual.dtype} to {run.z.dtype}")
+        if residual is not None and (residual.dtype != run.z.dtype or residual.shape != run.z.shape):
+            raise PlanMismatchError(f"an addition of {residual.dtype} to {run.z.dtype}")
         if value in self.plan.through:
             run.through = self.columns[value], self.plan.through[value]
         if value in self.plan.branch:

@@ -129,9 +129,7 @@ def make_plan(found: Discovery, weights: dict[str, str], *, guided: bool) -> Pla
             if sign:
                 plan.into[place] = (sign, tap.value)
     plan.fresh = frozenset(
-        stage.output
-        for stage in stages
-        if has_fresh_gradient(stage.output, record, uses, by_call)
+        stage.output for stage in stages if has_fresh_gradient(stage.output, record, uses, by_call)
     )
     return plan
 
@@ -164,9 +162,9 @@ class _Network:
             if stage.has("relu") or stage.has("pool"):
                 self.kept.add(stage.output)
         for call in self.record.calls:
-            if call.name in _KEEPS_NOTHING and call.outputs and call.inputs[:1]:
-                if call.inputs[0] in self.kept:
-                    self.kept.add(call.outputs[0])
+            passes = call.name in _KEEPS_NOTHING and call.outputs and call.inputs[:1]
+            if passes and call.inputs[0] in self.kept:
+                self.kept.add(call.outputs[0])
 
     def _made(self, index: int) -> int:
         return self.record.calls[index].outputs[0]

@@ -164,9 +164,7 @@ class CpuBackend:
         a, layout = _common(a)
         gz = _empty(a, layout)
         grad = _laid(g, layout)
-        s = self._backward(
-            a, layout, grad, None, scale, None, gz, lower, upper, guided, int(attribute)
-        )
+        s = self._backward(a, layout, grad, None, scale, None, gz, lower, upper, guided, int(attribute))
         return gz, s
 
     def affine_add_relu_backward_(
@@ -183,9 +181,7 @@ class CpuBackend:
         a, layout = _common(a)
         grad = _laid(g, layout)
         gz = _empty(a, layout)
-        s = self._backward(
-            a, layout, grad, residual, scale, grad, gz, lower, upper, guided, attribute
-        )
+        s = self._backward(a, layout, grad, residual, scale, grad, gz, lower, upper, guided, attribute)
         _put(g, grad)
         return gz, s
 
@@ -203,9 +199,7 @@ class CpuBackend:
         a, layout = _common(a)
         grad = _laid(g, layout)
         g1, gz = _empty(a, layout), _empty(a, layout)
-        s = self._backward(
-            a, layout, grad, residual, scale, g1, gz, lower, upper, guided, attribute
-        )
+        s = self._backward(a, layout, grad, residual, scale, g1, gz, lower, upper, guided, attribute)
         return g1, gz, s
 
     def _backward(

@@ -48,9 +48,7 @@ class Loss:
             )
         return values.sum()
 
-    def _scale(
-        self, value: torch.Tensor, output: Any, batch: Any, labels: Any, samples: int
-    ) -> float:
+    def _scale(self, value: torch.Tensor, output: Any, batch: Any, labels: Any, samples: int) -> float:
         """What turns a scalar loss into a sum over samples: 1 or the number of samples."""
         if self._kind is None and samples > 1:
             first = samples // 2

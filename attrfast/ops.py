@@ -53,9 +53,7 @@ def _check(
         if other is None:
             continue
         if other.shape != x.shape:
-            raise InputError(
-                f"{op}: {name} has shape {tuple(other.shape)}, expected {tuple(x.shape)}"
-            )
+            raise InputError(f"{op}: {name} has shape {tuple(other.shape)}, expected {tuple(x.shape)}")
         if other.dtype != x.dtype:
             raise InputError(f"{op}: {name} has dtype {other.dtype}, expected {x.dtype}")
         if other.device != x.device:
@@ -74,9 +72,7 @@ def _check(
             raise InputError(f"{op}: {name} is on {vector.device}, expected {x.device}")
 
 
-def _check_pool(
-    op: str, x: Tensor, kernel: list[int], stride: list[int], padding: list[int]
-) -> None:
+def _check_pool(op: str, x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> None:
     if x.dim() != 4:
         raise InputError(f"{op}: shape {tuple(x.shape)} must be (N, C, H, W)")
     for name, pair in (("kernel", kernel), ("stride", stride), ("padding", padding)):
@@ -345,9 +341,7 @@ def _(
     lower: float | None = 0.0,
     upper: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    size = [
-        pooled_size(z.shape[2 + i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)
-    ]
+    size = [pooled_size(z.shape[2 + i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)]
     p = z.new_empty(*z.shape[:2], *size)
     return p, torch.empty_like(p, dtype=torch.uint8)
 

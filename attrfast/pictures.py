@@ -75,9 +75,7 @@ def trade_off(history: Sequence[Row], path: Path) -> None:
         BackendError: matplotlib is not installed.
     """
     if not history or history[0].macs <= 0:
-        raise InputError(
-            "the history has no first row with multiply-adds, so there is nothing to draw"
-        )
+        raise InputError("the history has no first row with multiply-adds, so there is nothing to draw")
     share = [100 * row.macs / history[0].macs for row in history]
     top1 = [100 * row.top1 for row in history]
     with _axes(path, 7.2, 4.2) as axes:

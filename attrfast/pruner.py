@@ -119,9 +119,7 @@ def prune(
     tuning = as_finetune(finetune)
     final = None if final_finetune is None else as_finetune(final_finetune)
     asked = Asked(keep_ratio, max_macs, max_params, max_accuracy_drop)
-    if filters_per_step is not None and (
-        not isinstance(filters_per_step, int) or filters_per_step < 1
-    ):
+    if filters_per_step is not None and (not isinstance(filters_per_step, int) or filters_per_step < 1):
         raise InputError(
             f"filters_per_step must be a whole number of at least 1, got {filters_per_step!r}"
         )
@@ -194,9 +192,7 @@ class _Saver:
         return checkpoints.load(self.folder, self.mark)
 
     def save(self, history: list[Step], now: Shrinking) -> None:
-        checkpoints.save(
-            self.folder, Checkpoint(self.mark, history, now.gates, now.model.state_dict())
-        )
+        checkpoints.save(self.folder, Checkpoint(self.mark, history, now.gates, now.model.state_dict()))
 
 
 @dataclass
@@ -308,9 +304,7 @@ class _Loop:
 
     def _measure(self) -> Evaluation:
         with seeded(self.seed, [self.validation], self.device):
-            return evaluate(
-                self.now.model, self.validation, loss_fn=self.loss_fn, device=self.device
-            )
+            return evaluate(self.now.model, self.validation, loss_fn=self.loss_fn, device=self.device)
 
     def _row(self, step: int, removed: dict[str, int], seconds: tuple[float, float, float]) -> Step:
         seen, size, whole = self._measure(), self.now.size(), self.targets.whole
@@ -338,9 +332,7 @@ def _examples(loader: Iterable[Any], device: torch.device) -> Iterator[Batch]:
         empty = False
         yield next(iter(unpack(batch, device).split(2)))
     if empty:
-        raise InputError(
-            "the loader gave no batch; pass a non-empty iterable of (input, label) batches"
-        )
+        raise InputError("the loader gave no batch; pass a non-empty iterable of (input, label) batches")
 
 
 def _call_back(callback: Callback, row: Step, model: nn.Module) -> None:

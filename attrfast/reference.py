@@ -6,6 +6,8 @@ float32, bfloat16 and float16 compute in float32, float64 in float64. Must not k
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch.nn import functional
 
@@ -62,9 +64,7 @@ def affine_relu(
     return _clamp(y, lower, upper).to(z.dtype)
 
 
-def _passes(
-    a: torch.Tensor, g: torch.Tensor, lower: float, upper: float, guided: bool
-) -> torch.Tensor:
+def _passes(a: torch.Tensor, g: torch.Tensor, lower: float, upper: float, guided: bool) -> torch.Tensor:
     """Where the gradient passes the clamp whose output is a; NaN counts as inside the bounds."""
     passes = ~(a <= lower) & ~(a >= upper)
     return passes & (g > 0) if guided else passes
@@ -245,7 +245,7 @@ def segment_normalize(theta: torch.Tensor, offsets: torch.Tensor, kind: str) -> 
     """
     out = theta.clone()
     bounds = offsets.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         segment = theta[start:stop]
         if start == stop:
             continue

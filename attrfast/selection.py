@@ -58,9 +58,9 @@ def rank(
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
     bad = torch.nonzero(~torch.isfinite(importance)).flatten()
     if len(bad):
-        layer = units.layers[int(units.layer_of[bad[0]])].name
+        where = units.layers[int(units.layer_of[bad[0]])].name
         raise NumericalError(
-            f"the importance of a filter of {layer} is {float(importance[bad[0]])}; check the data and "
+            f"the importance of a filter of {where} is {float(importance[bad[0]])}; check the data and "
             f"the weights"
         )
     scores = importance.tolist()
@@ -135,9 +135,7 @@ def mask(blocks: Iterable[Block], units: Units) -> torch.Tensor:
     return removed
 
 
-def spared(
-    ignore: Iterable[str | nn.Module], model: nn.Module, units: Units
-) -> torch.Tensor:
+def spared(ignore: Iterable[str | nn.Module], model: nn.Module, units: Units) -> torch.Tensor:
     """(U,) bool, true for units with a filter in one of the layers to leave whole.
 
     Args:
@@ -156,9 +154,7 @@ def spared(
         if isinstance(entry, nn.Module):
             found = names.get(id(entry))
             if found is None:
-                raise InputError(
-                    f"ignore holds a {type(entry).__name__} that is no module of the model"
-                )
+                raise InputError(f"ignore holds a {type(entry).__name__} that is no module of the model")
             pattern = found
         if not isinstance(pattern, str):
             raise InputError(f"ignore must hold names or modules, got {type(entry).__name__}")

@@ -82,10 +82,7 @@ class Shrinking:
         if not bool(self._allowed().any()):
             raise ModelError(
                 "no layer of the model can be pruned: "
-                + (
-                    "; ".join(f"{_list(n)}: {why}" for why, n in stay.items())
-                    or "`ignore` names all"
-                )
+                + ("; ".join(f"{_list(n)}: {why}" for why, n in stay.items()) or "`ignore` names all")
             )
         for why, names in stay.items():
             warnings.warn(f"left whole: {_list(names)}: {why}", stacklevel=4)

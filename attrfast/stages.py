@@ -155,8 +155,10 @@ def _head(call: Call, record: Trace, uses: Uses) -> Stage | None:
 def _spare(value: int, uses: Uses) -> bool:
     """Whether nobody else needs a value's memory: a fresh tensor that its maker's backward ignores."""
     maker = uses.makers.get(value)
-    return maker is not None and maker.name in ("cat", "concat", "concatenate") and (
-        uses.only_reader(value) is not None
+    return (
+        maker is not None
+        and maker.name in ("cat", "concat", "concatenate")
+        and (uses.only_reader(value) is not None)
     )
 
 

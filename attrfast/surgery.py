@@ -120,9 +120,7 @@ def _flags(module: nn.Module) -> dict[str, tuple[bool, torch.memory_format | Non
     """What torch-pruning's new parameters forget."""
     for parameter in module.parameters(recurse=False):
         parameter.grad = None
-    return {
-        name: (p.requires_grad, _format(p)) for name, p in module.named_parameters(recurse=False)
-    }
+    return {name: (p.requires_grad, _format(p)) for name, p in module.named_parameters(recurse=False)}
 
 
 def _format(x: torch.Tensor) -> torch.memory_format | None:

@@ -78,11 +78,10 @@ class _Affine(torch.autograd.Function):
     """Batch norm in eval mode: x * scale + shift, which keeps nothing for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(scale)
-        return ops.affine_relu(x, scale, shift, None, -_INF, _INF)
+        out: torch.Tensor = ops.affine_relu(x, scale, shift, None, -_INF, _INF)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

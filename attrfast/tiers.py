@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from attrfast.channels import Discovery
-from attrfast.fused import PlanMismatch, PlanMode
+from attrfast.fused import PlanMismatchError, PlanMode
 from attrfast.graph import Plan, make_plan
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.taps import TapMode
@@ -80,7 +80,7 @@ class Runner:
         if self.plan is not None:
             try:
                 return self._run(forward, objective, samples, scale, self.plan)
-            except PlanMismatch as mismatch:
+            except PlanMismatchError as mismatch:
                 log.debug("the call tier runs from here on: %s", mismatch)
                 self.plan = None
         return self._run(forward, objective, samples, scale, None)
@@ -93,9 +93,7 @@ class Runner:
         scale: float,
         plan: Plan | None,
     ) -> torch.Tensor:
-        matrix = ScoreMatrix(
-            len(self.units), samples, device=self.device, absolute=self.absolute
-        )
+        matrix = ScoreMatrix(len(self.units), samples, device=self.device, absolute=self.absolute)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         mode: TapMode | PlanMode
         if plan is None:

@@ -347,9 +347,7 @@ def trace(
                 f"{[tuple(t.shape) for t in tensors_in(tuple(inputs))]}: {error}"
             ) from error
         record.results = tuple(
-            value
-            for t in tensors_in(out)
-            if (value := recorder.numbering.values.get(t)) is not None
+            value for t in tensors_in(out) if (value := recorder.numbering.values.get(t)) is not None
         )
         record.roots = recorder.numbering.roots
     return record

@@ -90,9 +90,9 @@ void affine_relu_max_pool(int dtype, int layout, int64_t n, int64_t c, Two input
 }
 
 void affine_relu_max_pool_backward(int dtype, int layout, int64_t n, int64_t c, Two input, Two output,
-                                   Two kernel, Two stride, Two padding, Address p, Address code, Address g,
-                                   Address scale, Address gz, double lower, double upper, bool guided,
-                                   int threads) {
+                                   Two kernel, Two stride, Two padding, Address p, Address code,
+                                   Address g, Address scale, Address gz, double lower, double upper,
+                                   bool guided, int threads) {
   chosen->affine_relu_max_pool_backward(
       static_cast<Dtype>(dtype), shape_of(n, c, output.first * output.second, layout),
       pool_of(input, output, kernel, stride, padding),

@@ -73,9 +73,7 @@ def main() -> None:
     print(f"whole network: {whole:.2%} of the test images right")
 
     records = {}
-    print(
-        f"{'criterion':<16}{'multiply-adds':>14}{'parameters':>12}{'top-1':>9}{'change':>9}{'s':>7}"
-    )
+    print(f"{'criterion':<16}{'multiply-adds':>14}{'parameters':>12}{'top-1':>9}{'change':>9}{'s':>7}")
     for criterion in options.criteria:
         start = time.perf_counter()
         result = attrfast.prune(

@@ -59,9 +59,7 @@ def test_demo_reaches_its_target_and_keeps_the_accuracy(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "folder"
-    result = runner.invoke(
-        cli.app, ["demo", "--out", str(out), "--no-progress"], catch_exceptions=False
-    )
+    result = runner.invoke(cli.app, ["demo", "--out", str(out), "--no-progress"], catch_exceptions=False)
     assert result.exit_code == 0
     figures = json.loads((out / "figures.json").read_text())
     assert figures["macs_after"] <= 0.4 * figures["macs_before"]

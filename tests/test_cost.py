@@ -39,9 +39,7 @@ def test_small_image_vgg() -> None:
 @pytest.mark.parametrize("samples", [1, 3, 8])
 def test_cost_is_that_of_one_sample(samples: int) -> None:
     model = Plain()
-    assert cost(model, (torch.zeros(samples, 3, 16, 16),)) == cost(
-        model, (torch.zeros(1, 3, 16, 16),)
-    )
+    assert cost(model, (torch.zeros(samples, 3, 16, 16),)) == cost(model, (torch.zeros(1, 3, 16, 16),))
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:

@@ -40,9 +40,7 @@ def cases(draw: st.DrawFn) -> tuple[Units, torch.Tensor, int, int, int]:
     """Units, importances with many ties, min_filters, round_to and how many blocks go."""
     units = UNITS[draw(st.sampled_from(sorted(UNITS)))]
     values = draw(
-        st.lists(
-            st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0]), min_size=len(units), max_size=len(units)
-        )
+        st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0]), min_size=len(units), max_size=len(units))
     )
     return (
         units,
@@ -148,9 +146,7 @@ def test_spared_units_stay() -> None:
     assert not mask(blocks, units)[units.layer_of == 0].any()
 
 
-@pytest.mark.parametrize(
-    ("count", "expected"), [(0, 0), (1, 1), (2, 1), (3, 2), (4, 3), (5, 3), (6, 3)]
-)
+@pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (2, 1), (3, 2), (4, 3), (5, 3), (6, 3)])
 def test_as_many_blocks_as_reach_the_count(count: int, expected: int) -> None:
     blocks = [Block(0.0, (0,), 2), Block(0.1, (1,), 1), Block(0.2, (2,), 2)]
     assert first_filters(blocks, count) == expected

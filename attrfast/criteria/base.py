@@ -72,9 +72,7 @@ def register_criterion(name: str) -> Callable[[type[Criterion]], type[Criterion]
 
     def add(cls: type[Criterion]) -> type[Criterion]:
         if not (isinstance(cls, type) and issubclass(cls, Criterion)):
-            raise InputError(
-                f"register_criterion needs a subclass of attrfast.Criterion, got {cls!r}"
-            )
+            raise InputError(f"register_criterion needs a subclass of attrfast.Criterion, got {cls!r}")
         taken = _REGISTRY.get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (
             cls.__module__,

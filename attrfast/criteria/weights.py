@@ -19,7 +19,7 @@ def filter_rows(module: nn.Module) -> torch.Tensor:
     weight = weight.detach().to(torch.float64)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         groups = module.groups
-        split = weight.unflatten(0, (groups, -1)).transpose(1, 2)  # (G, out/G, in/G, k...)
+        split = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)  # (G, out/G, in/G, k...)
         return split.reshape(module.out_channels, -1)
     return weight.flatten(1)
 

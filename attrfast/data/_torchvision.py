@@ -21,9 +21,7 @@ def opened(
     try:
         return dataset(root, download=download, **options)
     except OSError as error:
-        raise InputError(
-            f"{name} could not be fetched into or read from {root}: {error}"
-        ) from error
+        raise InputError(f"{name} could not be fetched into or read from {root}: {error}") from error
     except RuntimeError as error:
         remedy = "remove the folder and try again" if download else "pass download=True to fetch it"
         raise InputError(f"{name} is not complete in {root} ({error}); {remedy}") from error

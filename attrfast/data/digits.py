@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 from attrfast.data._optional import require
 from attrfast.data.loaders import Augmentation, Splits, array_splits, hold_out
@@ -43,7 +43,7 @@ def digits(
     bunch = require("sklearn.datasets", of="scikit-learn").load_digits()
     pixels = torch.from_numpy(bunch.images).float().unsqueeze(1)
     if image_size != 8:
-        pixels = F.interpolate(pixels, image_size, mode="bilinear", antialias=True)
+        pixels = functional.interpolate(pixels, image_size, mode="bilinear", antialias=True)
     # To 240 levels, so that interpolated values keep their fractions in a byte.
     images = (pixels * 15).round().to(torch.uint8)
     labels = torch.from_numpy(bunch.target).long()

@@ -13,9 +13,9 @@ from attrfast.errors import InputError
 DEBIAN_ROOT: Final = Path("/usr/share/datasets/fashion-mnist")
 MEAN, STD = (0.2860,), (0.3530,)
 CLASSES: Final = (
-    ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
-    + ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-)  # fmt: skip
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 
 
 def fashion_mnist(

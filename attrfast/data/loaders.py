@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from attrfast.errors import InputError
@@ -60,7 +60,7 @@ class Augmentation:
         """(N, C, H, W) to the same shape, a new tensor where anything changes."""
         count, _, height, width = images.shape
         if self.shift:
-            padded = F.pad(images, [self.shift] * 4)
+            padded = functional.pad(images, [self.shift] * 4)
             top, left = torch.randint(2 * self.shift + 1, (2, count, 1), generator=generator)
             row = top + torch.arange(height)
             column = left + torch.arange(width)
@@ -101,9 +101,7 @@ class ImageArray(Dataset[Batch]):
         seed: int = 0,
     ) -> None:
         if len(images) != len(labels):
-            raise InputError(
-                f"{len(images)} images but {len(labels)} labels; there must be one each"
-            )
+            raise InputError(f"{len(images)} images but {len(labels)} labels; there must be one each")
         self.images = images
         self.labels = labels
         scale = torch.tensor(std).view(1, -1, 1, 1)

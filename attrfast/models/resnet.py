@@ -9,7 +9,7 @@ from typing import Final, Literal, get_args
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from attrfast.errors import InputError
 from attrfast.models._common import check_sizes, initialise, scaled
@@ -31,7 +31,7 @@ class PaddedShortcut(nn.Module):
         """(N, C, H, W) to (N, C + added, H / stride, W / stride)."""
         before = self.added // 2
         channels = (0, 0, 0, 0, before, self.added - before)
-        return F.pad(x[:, :, :: self.stride, :: self.stride], channels)
+        return functional.pad(x[:, :, :: self.stride, :: self.stride], channels)
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -99,9 +99,7 @@ class ResNet(nn.Module):
         if blocks < 1:
             raise InputError(f"blocks is {blocks}; a stage needs at least 1")
         if shortcut not in get_args(Shortcut):
-            raise InputError(
-                f'shortcut is {shortcut!r}; use "A" (padding) or "B" (1x1 convolution)'
-            )
+            raise InputError(f'shortcut is {shortcut!r}; use "A" (padding) or "B" (1x1 convolution)')
         stages = [scaled(channels, width) for channels in _STAGES]
         self.conv1 = nn.Conv2d(in_channels, stages[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stages[0])
@@ -133,42 +131,32 @@ def resnet20(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, shortcut: Shortcut = "B"
 ) -> ResNet:
     """ResNet-20 for 32x32 images: 4.1e7 multiply-adds and 2.7e5 parameters."""
-    return ResNet(
-        3, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut
-    )
+    return ResNet(3, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut)
 
 
 def resnet32(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, shortcut: Shortcut = "B"
 ) -> ResNet:
     """ResNet-32 for 32x32 images: 6.9e7 multiply-adds and 4.7e5 parameters."""
-    return ResNet(
-        5, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut
-    )
+    return ResNet(5, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut)
 
 
 def resnet44(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, shortcut: Shortcut = "B"
 ) -> ResNet:
     """ResNet-44 for 32x32 images: 9.8e7 multiply-adds and 6.6e5 parameters."""
-    return ResNet(
-        7, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut
-    )
+    return ResNet(7, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut)
 
 
 def resnet56(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, shortcut: Shortcut = "B"
 ) -> ResNet:
     """ResNet-56 for 32x32 images: 1.26e8 multiply-adds and 8.6e5 parameters."""
-    return ResNet(
-        9, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut
-    )
+    return ResNet(9, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut)
 
 
 def resnet110(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, shortcut: Shortcut = "B"
 ) -> ResNet:
     """ResNet-110 for 32x32 images: 2.5e8 multiply-adds and 1.7e6 parameters."""
-    return ResNet(
-        18, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut
-    )
+    return ResNet(18, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut)

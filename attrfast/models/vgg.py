@@ -12,9 +12,9 @@ from attrfast.models._common import check_sizes, initialise, scaled
 
 _POOL: Final = 0  # stands between the widths of two stages
 _VGG16: Final = (
-    (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL)
-    + (512, 512, 512, _POOL, 512, 512, 512, _POOL)
-)  # fmt: skip
+    *(64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL),
+    *(512, 512, 512, _POOL, 512, 512, 512, _POOL),
+)
 _SMALL: Final = (32, 32, _POOL, 64, 64, _POOL, 128, 128)
 
 
@@ -33,9 +33,7 @@ class VGG(nn.Module):
         InputError: a size with which no network can be built.
     """
 
-    def __init__(
-        self, plan: Sequence[int], *, num_classes: int, in_channels: int, width: float
-    ) -> None:
+    def __init__(self, plan: Sequence[int], *, num_classes: int, in_channels: int, width: float) -> None:
         super().__init__()
         check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
         layers: list[nn.Module] = []

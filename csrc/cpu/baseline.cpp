@@ -7,4 +7,3 @@
 namespace attrfast {
 const Kernels* baseline_kernels() { return &baseline::kernels; }
 }  // namespace attrfast
-
