@@ -247,24 +247,24 @@ static void attribution_typed(const Shape& shape, const Attribution& op, int thr
 
 // -- dispatch ---------------------------------------------------------------------------------------
 
-#define ATTRFAST_BY_DTYPE(dtype, call)    \
-  switch (dtype) {                        \
-    case kFloat: {                        \
-      using T = float;                    \
-      call;                               \
-    } break;                              \
-    case kDouble: {                       \
-      using T = double;                   \
-      call;                               \
-    } break;                              \
-    case kBFloat16: {                     \
-      using T = BFloat16;                 \
-      call;                               \
-    } break;                              \
-    case kHalf: {                         \
-      using T = Half;                     \
-      call;                               \
-    } break;                              \
+#define ATTRFAST_BY_DTYPE(dtype, call) \
+  switch (dtype) {                     \
+    case kFloat: {                     \
+      using T = float;                 \
+      call;                            \
+    } break;                           \
+    case kDouble: {                    \
+      using T = double;                \
+      call;                            \
+    } break;                           \
+    case kBFloat16: {                  \
+      using T = BFloat16;              \
+      call;                            \
+    } break;                           \
+    case kHalf: {                      \
+      using T = Half;                  \
+      call;                            \
+    } break;                           \
   }
 
 static void affine_relu(Dtype dtype, const Shape& shape, const AffineRelu& op, int threads) {
@@ -307,8 +307,8 @@ static void affine_relu_max_pool_backward(Dtype dtype, const Shape& shape, const
   ATTRFAST_BY_DTYPE(dtype, (max_pool_backward_typed<T>(shape, pool, op, threads)))
 }
 
-static const Kernels kernels = {ATTRFAST_ISA_NAME,    affine_relu,          affine_relu_backward,
-                                attribution,          affine_relu_max_pool, affine_relu_max_pool_backward};
+static const Kernels kernels = {ATTRFAST_ISA_NAME, affine_relu,          affine_relu_backward,
+                                attribution,       affine_relu_max_pool, affine_relu_max_pool_backward};
 
 }  // namespace ATTRFAST_ISA
 }  // namespace attrfast
