@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from families import FAMILIES, family, images_for, lived_in
 from small_networks import NETWORKS, Grouped, Plain, UpAndDown
 from torch import nn
-from torchvision.models import get_model
 
 from attrfast.channels import find_units
 from attrfast.errors import ModelError
@@ -20,44 +20,6 @@ from attrfast.units import Units
 
 # Sums run over fewer terms, so only the last bits may differ.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-
-# One network a family, and the height and width of its images.
-FAMILIES = {
-    "vgg11": 32,
-    "vgg11_bn": 32,
-    "resnet18": 48,
-    "resnet50": 48,
-    "resnext50_32x4d": 48,
-    "wide_resnet50_2": 48,
-    "densenet121": 48,
-    "googlenet": 64,
-    "inception_v3": 299,
-    "mobilenet_v2": 48,
-    "mobilenet_v3_small": 48,
-    "efficientnet_b0": 48,
-    "squeezenet1_1": 48,
-    "shufflenet_v2_x0_5": 48,
-    "regnet_y_400mf": 48,
-    "mnasnet0_5": 48,
-    "convnext_tiny": 48,
-}
-
-
-def lived_in(model: nn.Module) -> nn.Module:
-    """In float64, with statistics and affine parameters as after training (not ones and zeros)."""
-    model.double().eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                if module.running_mean is not None and module.running_var is not None:
-                    module.running_mean.normal_(std=0.1)
-                    module.running_var.uniform_(0.5, 1.5)
-                if module.affine:
-                    module.weight.uniform_(0.5, 1.5)
-                    module.bias.normal_(std=0.1)
-            elif isinstance(module, nn.PReLU):
-                module.weight.uniform_(0.1, 0.5)
-    return model
 
 
 def some_removed(units: Units, share: float, seed: int = 0) -> torch.Tensor:
@@ -100,10 +62,8 @@ def trains_a_step(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_torchvision_family_cut_equals_masked_and_trains(name: str) -> None:
-    torch.manual_seed(0)
-    options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    model = lived_in(get_model(name, weights=None, num_classes=10, **options))
-    images = torch.randn(2, 3, FAMILIES[name], FAMILIES[name], dtype=torch.float64)
+    model = family(name).double()
+    images = images_for(name, 2).double()
     units = find_units(model, (images,))
     removed = some_removed(units, 0.3)
     assert removed.any()
@@ -117,7 +77,7 @@ def test_torchvision_family_cut_equals_masked_and_trains(name: str) -> None:
 def test_small_network_cut_equals_masked_and_trains(name: str, share: float) -> None:
     make, inputs = NETWORKS[name]
     torch.manual_seed(0)
-    model = lived_in(make())
+    model = lived_in(make()).double()
     example = tuple(x.double() for x in inputs(2))
     units = find_units(model, example)
     smaller = assert_cut_equals_masked(model, example, units, some_removed(units, share))
@@ -126,7 +86,7 @@ def test_small_network_cut_equals_masked_and_trains(name: str, share: float) -> 
 
 def test_cut_twice_equals_both_masks_at_once() -> None:
     torch.manual_seed(0)
-    model = lived_in(Grouped())
+    model = lived_in(Grouped()).double()
     images = (torch.randn(2, 3, 16, 16, dtype=torch.float64),)
     units = find_units(model, images)
     both = some_removed(units, 0.5)
@@ -251,7 +211,7 @@ def test_without_refuses_a_cut_that_computes_something_else() -> None:
 
 def test_without_refuses_a_cut_that_keeps_other_channels() -> None:
     """Units that name the wrong channel of a batch norm: the widths fit, the values don't."""
-    model = lived_in(Plain())
+    model = lived_in(Plain()).double()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     units = find_units(model, (images,))
     removed = torch.zeros(len(units), dtype=torch.bool)
