@@ -139,7 +139,7 @@ def _backward(
     """Gradients for the convolution's output and for the residual, and the flow (N, C)."""
     backend = ops.backend_for(g.device)
     fresh = run.fresh and _is_dense(g)
-    scale, bounds = run.scale, (run.lower, run.upper, run.guided)
+    scale, bounds = run.scale, (run.lower, run.upper, run.guided and run.clamps)
     if run.pool is not None:
         kernel, stride, padding, _ = run.pool
         gz, s = backend.affine_relu_max_pool_backward(
