@@ -99,6 +99,8 @@ def _kind(item: Any) -> str:
 
 def _moved(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, torch.Tensor):
+        if tree.is_inference():
+            tree = tree.clone()  # outside inference mode, a clone may be kept for the backward pass
         if tree.device == device:
             return tree
         if tree.device.type != "cpu":

@@ -20,7 +20,7 @@ from attrfast.batches import Batch, resolve_device, unpack
 from attrfast.channels import Discovery, discover
 from attrfast.criteria import REDUCTIONS, Criterion, Reduction, get_criterion
 from attrfast.diagnosis import first_nonfinite
-from attrfast.errors import InputError, NumericalError
+from attrfast.errors import InputError, ModelError, NumericalError
 from attrfast.matrix import RowsError
 from attrfast.objective import Objective
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
@@ -179,11 +179,21 @@ def attribute(
     )
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides every call
     place = resolve_device(model, device)
+    if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
+        raise ModelError(
+            "the model was made under torch.inference_mode(), where tensors can't take part in gradients; "
+            "make or load it outside, or pass copy.deepcopy(model) made outside"
+        )
     if any(p.device != place for p in model.parameters()):
         model = copy.deepcopy(model).to(place)
     raw: torch.Tensor | None = None
     samples = 0
-    with preserved(model), torch.inference_mode(False):
+    # Whatever region the caller is in: gradients are recorded, and amp_dtype alone says what is autocast.
+    with (
+        preserved(model),
+        torch.inference_mode(False),
+        torch.autocast(place.type, enabled=False),
+    ):
         model.eval()
         running: Pass | None = None
         for batch in _batches(loader, place, max_batches, progress and rule.needs_data):

@@ -11,37 +11,18 @@ from collections.abc import Sequence
 import torch
 
 from attrfast import _native
+from attrfast.layouts import channels_lie_together, empty_laid, laid
 from attrfast.reference import INF, compute_dtype, pooled_size
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_FIRST, _LAST = 0, 1
 
 Tensor = torch.Tensor
 
 
-def _layout(x: Tensor) -> int | None:
-    """Layout that a tensor lies in, or None for one that must be copied."""
-    if x.is_contiguous():
-        return _FIRST
-    if x.dim() in _CHANNELS_LAST:
-        return _LAST if x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]) else None
-    # (N, C, P) whose channels lie together: what a transposed linear layer's map looks like.
-    return _LAST if x.dim() == 3 and x.transpose(1, 2).is_contiguous() else None
-
-
-def _laid(x: Tensor, layout: int) -> Tensor:
-    """The tensor in a layout: itself, or a copy."""
-    if layout == _FIRST:
-        return x.contiguous()
-    if x.dim() in _CHANNELS_LAST:
-        return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _common(x: Tensor) -> tuple[Tensor, int]:
-    layout = _layout(x)
-    return (x.contiguous(), _FIRST) if layout is None else (x, layout)
+def _common(x: Tensor) -> tuple[Tensor, bool]:
+    """The tensor in the layout that all tensors of a launch get, and whether that is channels-last."""
+    last = channels_lie_together(x)
+    return laid(x, last), last
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
@@ -57,20 +38,15 @@ def _vector(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
 
-def _empty(like: Tensor, layout: int, shape: Sequence[int] | None = None) -> Tensor:
-    """New memory in a layout."""
-    size = tuple(like.shape) if shape is None else tuple(shape)
-    if layout == _FIRST:
-        return torch.empty(size, dtype=like.dtype)
-    if len(size) in _CHANNELS_LAST:
-        return torch.empty(size, dtype=like.dtype, memory_format=_CHANNELS_LAST[len(size)])
-    return torch.empty((size[0], size[2], size[1]), dtype=like.dtype).transpose(1, 2)
+def _sums(x: Tensor) -> Tensor:
+    """New memory for one sum a sample and channel."""
+    return torch.empty(x.shape[:2], dtype=compute_dtype(x.dtype), device=x.device)
 
 
-def _put(target: Tensor, laid: Tensor) -> None:
+def _put(target: Tensor, work: Tensor) -> None:
     """Writes back into the caller's tensor what was worked on in a copy."""
-    if laid.data_ptr() != target.data_ptr() or laid.stride() != target.stride():
-        target.copy_(laid)
+    if work.data_ptr() != target.data_ptr() or work.stride() != target.stride():
+        target.copy_(work)
 
 
 class CpuBackend:
@@ -87,8 +63,8 @@ class CpuBackend:
         lower: float = 0.0,
         upper: float = INF,
     ) -> None:
-        x, layout = _common(z)
-        self._affine_relu(x, layout, scale, shift, residual, x, lower, upper)
+        x, last = _common(z)
+        self._affine_relu(x, last, scale, shift, residual, x, lower, upper)
         _put(z, x)
 
     def affine_relu(
@@ -100,15 +76,15 @@ class CpuBackend:
         lower: float = 0.0,
         upper: float = INF,
     ) -> Tensor:
-        x, layout = _common(z)
-        y = _empty(x, layout)
-        self._affine_relu(x, layout, scale, shift, residual, y, lower, upper)
+        x, last = _common(z)
+        y = empty_laid(x, last, x.shape)
+        self._affine_relu(x, last, scale, shift, residual, y, lower, upper)
         return y
 
     def _affine_relu(
         self,
         z: Tensor,
-        layout: int,
+        last: bool,
         scale: Tensor | None,
         shift: Tensor | None,
         residual: Tensor | None,
@@ -117,11 +93,11 @@ class CpuBackend:
         upper: float,
     ) -> None:
         if residual is not None:
-            residual = _laid(residual, layout)
+            residual = laid(residual, last)
         scale, shift = _vector(scale), _vector(shift)
         _native.affine_relu(
             _DTYPES[z.dtype],
-            layout,
+            last,
             *_sizes(z),
             z.data_ptr(),
             _pointer(scale),
@@ -143,11 +119,9 @@ class CpuBackend:
         guided: bool = False,
         attribute: bool = True,
     ) -> Tensor:
-        a, layout = _common(a)
-        grad = _laid(g, layout)
-        s = self._backward(
-            a, layout, grad, None, scale, None, grad, lower, upper, guided, int(attribute)
-        )
+        a, last = _common(a)
+        grad = laid(g, last)
+        s = self._backward(a, last, grad, None, scale, None, grad, lower, upper, guided, int(attribute))
         _put(g, grad)
         return s
 
@@ -161,10 +135,10 @@ class CpuBackend:
         guided: bool = False,
         attribute: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        a, layout = _common(a)
-        gz = _empty(a, layout)
-        grad = _laid(g, layout)
-        s = self._backward(a, layout, grad, None, scale, None, gz, lower, upper, guided, int(attribute))
+        a, last = _common(a)
+        gz = empty_laid(a, last, a.shape)
+        grad = laid(g, last)
+        s = self._backward(a, last, grad, None, scale, None, gz, lower, upper, guided, int(attribute))
         return gz, s
 
     def affine_add_relu_backward_(
@@ -178,10 +152,10 @@ class CpuBackend:
         guided: bool = False,
         attribute: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        a, layout = _common(a)
-        grad = _laid(g, layout)
-        gz = _empty(a, layout)
-        s = self._backward(a, layout, grad, residual, scale, grad, gz, lower, upper, guided, attribute)
+        a, last = _common(a)
+        grad = laid(g, last)
+        gz = empty_laid(a, last, a.shape)
+        s = self._backward(a, last, grad, residual, scale, grad, gz, lower, upper, guided, attribute)
         _put(g, grad)
         return gz, s
 
@@ -196,16 +170,16 @@ class CpuBackend:
         guided: bool = False,
         attribute: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        a, layout = _common(a)
-        grad = _laid(g, layout)
-        g1, gz = _empty(a, layout), _empty(a, layout)
-        s = self._backward(a, layout, grad, residual, scale, g1, gz, lower, upper, guided, attribute)
+        a, last = _common(a)
+        grad = laid(g, last)
+        g1, gz = empty_laid(a, last, a.shape), empty_laid(a, last, a.shape)
+        s = self._backward(a, last, grad, residual, scale, g1, gz, lower, upper, guided, attribute)
         return g1, gz, s
 
     def _backward(
         self,
         a: Tensor,
-        layout: int,
+        last: bool,
         g: Tensor,
         residual: Tensor | None,
         scale: Tensor | None,
@@ -216,14 +190,13 @@ class CpuBackend:
         guided: bool,
         attribute: int,
     ) -> Tensor:
-        make = torch.empty if attribute else torch.zeros
-        s = make(a.shape[:2], dtype=compute_dtype(a.dtype))
+        s = _sums(a) if attribute else _sums(a).zero_()
         if residual is not None:
-            residual = _laid(residual, layout)
+            residual = laid(residual, last)
         scale = _vector(scale)
         _native.affine_relu_backward(
             _DTYPES[a.dtype],
-            layout,
+            last,
             *_sizes(a),
             a.data_ptr(),
             g.data_ptr(),
@@ -252,15 +225,15 @@ class CpuBackend:
         lower: float = 0.0,
         upper: float = INF,
     ) -> tuple[Tensor, Tensor]:
-        z, layout = _common(z)
+        z, last = _common(z)
         size = z.shape[2:]
         pooled = [pooled_size(size[i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)]
-        p = _empty(z, layout, (*z.shape[:2], *pooled))
-        code = torch.empty_like(p, dtype=torch.uint8)
+        p = empty_laid(z, last, (*z.shape[:2], *pooled))
+        code = empty_laid(z, last, p.shape, torch.uint8)
         scale, shift = _vector(scale), _vector(shift)
         _native.affine_relu_max_pool(
             _DTYPES[z.dtype],
-            layout,
+            last,
             z.shape[0],
             z.shape[1],
             tuple(size),
@@ -294,17 +267,14 @@ class CpuBackend:
         guided: bool = False,
         attribute: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        p, layout = _common(p)
-        code, g = _laid(code, layout), _laid(g, layout)
-        gz = _empty(p, layout, (*p.shape[:2], *size))
+        p, last = _common(p)
+        code, g = laid(code, last), laid(g, last)
+        gz = empty_laid(p, last, (*p.shape[:2], *size))
         scale = _vector(scale)
-        if attribute:
-            s = self.attribution(p, g)
-        else:
-            s = torch.zeros(p.shape[:2], dtype=compute_dtype(p.dtype))
+        s = self.attribution(p, g) if attribute else _sums(p).zero_()
         _native.affine_relu_max_pool_backward(
             _DTYPES[p.dtype],
-            layout,
+            last,
             p.shape[0],
             p.shape[1],
             tuple(size),
@@ -325,12 +295,12 @@ class CpuBackend:
         return gz, s
 
     def attribution(self, x: Tensor, g: Tensor, absolute: bool = False) -> Tensor:
-        x, layout = _common(x)
-        g = _laid(g, layout)
-        s = torch.empty(x.shape[:2], dtype=compute_dtype(x.dtype))
+        x, last = _common(x)
+        g = laid(g, last)
+        s = _sums(x)
         _native.attribution(
             _DTYPES[x.dtype],
-            layout,
+            last,
             *_sizes(x),
             x.data_ptr(),
             g.data_ptr(),

@@ -1,19 +1,22 @@
 """The ops, registered with PyTorch under the namespace `attrfast`.
 
 Each is one function over tensors; `attrfast.reference` holds its meaning, and the backend that fits the
-tensor's device does the work. Callable as `attrfast.ops.NAME` or `torch.ops.attrfast.NAME`; in-place
-forms end in `_`. Code below the dispatcher, which has checked shapes already, may call
-`backend_for(device)` and save the dispatcher's time.
+tensor's device does the work. Results lie in memory as the first argument does where that is contiguous
+or channels-last, and contiguous otherwise. In-place forms end in `_`. Code below the dispatcher, which
+has checked shapes already, may call `backend_for(device)` and save the dispatcher's time.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from attrfast._backend import backend_for
 from attrfast.errors import InputError
+from attrfast.layouts import channels_lie_together, empty_laid, laid
 from attrfast.reference import INF, compute_dtype, pooled_size
 from attrfast.reference import segment_normalize as _segment_normalize
 
@@ -72,10 +75,14 @@ def _check(
             raise InputError(f"{op}: {name} is on {vector.device}, expected {x.device}")
 
 
-def _check_pool(op: str, x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> None:
+def _check_pool(
+    op: str, x: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]
+) -> None:
+    """A pooling's geometry; x is its input or its result, size the H and W of its input."""
     if x.dim() != 4:
         raise InputError(f"{op}: shape {tuple(x.shape)} must be (N, C, H, W)")
-    for name, pair in (("kernel", kernel), ("stride", stride), ("padding", padding)):
+    pairs = (("size", size), ("kernel", kernel), ("stride", stride), ("padding", padding))
+    for name, pair in pairs:
         if len(pair) != 2:
             raise InputError(f"{op}: {name} must have two entries, got {list(pair)}")
     if min(*kernel, *stride) < 1 or kernel[0] * kernel[1] > 255:
@@ -87,11 +94,65 @@ def _check_pool(op: str, x: Tensor, kernel: list[int], stride: list[int], paddin
         raise InputError(
             f"{op}: padding {list(padding)} must be between 0 and half the kernel {list(kernel)}"
         )
+    if any(n < 1 or n + 2 * p < k for n, k, p in zip(size, kernel, padding, strict=True)):
+        raise InputError(
+            f"{op}: size {list(size)} with padding {list(padding)} has no room for a window of "
+            f"{list(kernel)}"
+        )
 
 
-def _bounds(lower: float | None, upper: float | None) -> tuple[float, float]:
+def _pooled(
+    size: Sequence[int], kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool
+) -> list[int]:
+    return [pooled_size(size[i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)]
+
+
+def _bounds(op: str, lower: float | None, upper: float | None) -> tuple[float, float]:
     """None means that there is no bound (a schema can't say infinity)."""
-    return -INF if lower is None else lower, INF if upper is None else upper
+    low, high = -INF if lower is None else lower, INF if upper is None else upper
+    if not low <= high:
+        raise InputError(f"{op}: lower {lower} must not exceed upper {upper}, and neither may be NaN")
+    return low, high
+
+
+def _empty(x: Tensor, size: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """A result in x's layout: of x's shape, or with other spatial dimensions."""
+    shape = x.shape if size is None else (*x.shape[:2], *size)
+    return empty_laid(x, channels_lie_together(x), shape, dtype)
+
+
+def _placed(x: Tensor, *results: Tensor) -> Any:
+    """A backend's results as its fake says that they lie, on which compiled code relies: sums contiguous,
+    all others in x's layout. Most are so already."""
+    last = channels_lie_together(x)
+    placed = [laid(result, last and result.dim() == x.dim()) for result in results]
+    return tuple(placed) if len(placed) > 1 else placed[0]
+
+
+def _in_place(mutates: str) -> Callable[[Callable[..., Any]], Any]:
+    """`custom_op` for a form that writes into one argument.
+
+    PyTorch lets autograd pass by such an op unnoticed, so the public function refuses tensors that need it.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        name = function.__name__
+        op = torch.library.custom_op(f"attrfast::{name}", function, mutates_args=(mutates,))
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
+                raise InputError(
+                    f"{name} has no gradient, but an argument requires one: detach it, or call under "
+                    f"torch.no_grad()"
+                )
+            return op(*args, **kwargs)
+
+        call.register_fake = op.register_fake  # type: ignore[attr-defined]
+        return call
+
+    return register
 
 
 def _sums(x: Tensor) -> Tensor:
@@ -115,7 +176,9 @@ def affine_relu(
     See `attrfast.reference.affine_relu` for shapes and dtypes.
     """
     _check("affine_relu", z, {"residual": residual}, {"scale": scale, "shift": shift})
-    return backend_for(z.device).affine_relu(z, scale, shift, residual, *_bounds(lower, upper))  # type: ignore[no-any-return]
+    bounds = _bounds("affine_relu", lower, upper)
+    out = _placed(z, backend_for(z.device).affine_relu(z, scale, shift, residual, *bounds))
+    return out  # type: ignore[no-any-return]
 
 
 @affine_relu.register_fake
@@ -127,7 +190,7 @@ def _(
     lower: float | None = 0.0,
     upper: float | None = None,
 ) -> Tensor:
-    return torch.empty_like(z)
+    return _empty(z)
 
 
 def _save_affine_relu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -151,7 +214,7 @@ def _affine_relu_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 affine_relu.register_autograd(_affine_relu_gradients, setup_context=_save_affine_relu)
 
 
-@torch.library.custom_op("attrfast::affine_relu_", mutates_args=("z",))
+@_in_place("z")
 def affine_relu_(
     z: Tensor,
     scale: Tensor | None = None,
@@ -162,7 +225,7 @@ def affine_relu_(
 ) -> None:
     """`affine_relu` in place of z; not differentiable."""
     _check("affine_relu_", z, {"residual": residual}, {"scale": scale, "shift": shift})
-    backend_for(z.device).affine_relu_(z, scale, shift, residual, *_bounds(lower, upper))
+    backend_for(z.device).affine_relu_(z, scale, shift, residual, *_bounds("affine_relu_", lower, upper))
 
 
 # -- its backward, with the attribution -------------------------------------------------------------------
@@ -180,8 +243,9 @@ def affine_relu_backward(
 ) -> tuple[Tensor, Tensor]:
     """(gz, s): see `attrfast.reference.affine_relu_backward`."""
     _check("affine_relu_backward", a, {"g": g}, {"scale": scale})
-    out = backend_for(a.device).affine_relu_backward(
-        a, g, scale, *_bounds(lower, upper), guided, attribute
+    bounds = _bounds("affine_relu_backward", lower, upper)
+    out = _placed(
+        a, *backend_for(a.device).affine_relu_backward(a, g, scale, *bounds, guided, attribute)
     )
     return out  # type: ignore[no-any-return]
 
@@ -196,10 +260,10 @@ def _(
     guided: bool = False,
     attribute: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(a), _sums(a)
+    return _empty(a), _sums(a)
 
 
-@torch.library.custom_op("attrfast::affine_relu_backward_", mutates_args=("g",))
+@_in_place("g")
 def affine_relu_backward_(
     a: Tensor,
     g: Tensor,
@@ -211,9 +275,9 @@ def affine_relu_backward_(
 ) -> Tensor:
     """s; g becomes gz."""
     _check("affine_relu_backward_", a, {"g": g}, {"scale": scale})
-    out = backend_for(a.device).affine_relu_backward_(
-        a, g, scale, *_bounds(lower, upper), guided, attribute
-    )
+    bounds = _bounds("affine_relu_backward_", lower, upper)
+    backend = backend_for(a.device)
+    out = _placed(a, backend.affine_relu_backward_(a, g, scale, *bounds, guided, attribute))
     return out  # type: ignore[no-any-return]
 
 
@@ -244,8 +308,10 @@ def affine_add_relu_backward(
     """(g1, gz, s): see `attrfast.reference.affine_add_relu_backward`."""
     _check_branch("affine_add_relu_backward", residual, attribute)
     _check("affine_add_relu_backward", a, {"g": g, "residual": residual}, {"scale": scale})
-    out = backend_for(a.device).affine_add_relu_backward(
-        a, g, residual, scale, *_bounds(lower, upper), guided, attribute
+    bounds = _bounds("affine_add_relu_backward", lower, upper)
+    backend = backend_for(a.device)
+    out = _placed(
+        a, *backend.affine_add_relu_backward(a, g, residual, scale, *bounds, guided, attribute)
     )
     return out  # type: ignore[no-any-return]
 
@@ -261,10 +327,10 @@ def _(
     guided: bool = False,
     attribute: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(a), torch.empty_like(a), _sums(a)
+    return _empty(a), _empty(a), _sums(a)
 
 
-@torch.library.custom_op("attrfast::affine_add_relu_backward_", mutates_args=("g",))
+@_in_place("g")
 def affine_add_relu_backward_(
     a: Tensor,
     g: Tensor,
@@ -278,8 +344,10 @@ def affine_add_relu_backward_(
     """(gz, s); g becomes g1."""
     _check_branch("affine_add_relu_backward_", residual, attribute)
     _check("affine_add_relu_backward_", a, {"g": g, "residual": residual}, {"scale": scale})
-    out = backend_for(a.device).affine_add_relu_backward_(
-        a, g, residual, scale, *_bounds(lower, upper), guided, attribute
+    bounds = _bounds("affine_add_relu_backward_", lower, upper)
+    backend = backend_for(a.device)
+    out = _placed(
+        a, *backend.affine_add_relu_backward_(a, g, residual, scale, *bounds, guided, attribute)
     )
     return out  # type: ignore[no-any-return]
 
@@ -295,7 +363,7 @@ def _(
     guided: bool = False,
     attribute: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(a), _sums(a)
+    return _empty(a), _sums(a)
 
 
 def _check_branch(op: str, residual: Tensor | None, attribute: int) -> None:
@@ -322,9 +390,12 @@ def affine_relu_max_pool(
 ) -> tuple[Tensor, Tensor]:
     """(p, code); differentiable in z. See `attrfast.reference.affine_relu_max_pool`."""
     _check("affine_relu_max_pool", z, {}, {"scale": scale, "shift": shift})
-    _check_pool("affine_relu_max_pool", z, kernel, stride, padding)
-    out = backend_for(z.device).affine_relu_max_pool(
-        z, scale, shift, kernel, stride, padding, ceil_mode, *_bounds(lower, upper)
+    _check_pool("affine_relu_max_pool", z, list(z.shape[2:]), kernel, stride, padding)
+    bounds = _bounds("affine_relu_max_pool", lower, upper)
+    backend = backend_for(z.device)
+    out = _placed(
+        z,
+        *backend.affine_relu_max_pool(z, scale, shift, kernel, stride, padding, ceil_mode, *bounds),
     )
     return out  # type: ignore[no-any-return]
 
@@ -341,9 +412,8 @@ def _(
     lower: float | None = 0.0,
     upper: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    size = [pooled_size(z.shape[2 + i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)]
-    p = z.new_empty(*z.shape[:2], *size)
-    return p, torch.empty_like(p, dtype=torch.uint8)
+    size = _pooled(z.shape[2:], kernel, stride, padding, ceil_mode)
+    return _empty(z, size), _empty(z, size, torch.uint8)
 
 
 def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -395,14 +465,23 @@ def affine_relu_max_pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """(gz, s): see `attrfast.reference.affine_relu_max_pool_backward`."""
     _check("affine_relu_max_pool_backward", p, {"g": g}, {"scale": scale})
-    _check_pool("affine_relu_max_pool_backward", p, kernel, stride, padding)
-    if code.shape != p.shape or code.dtype != torch.uint8:
+    _check_pool("affine_relu_max_pool_backward", p, size, kernel, stride, padding)
+    if list(p.shape[2:]) not in [_pooled(size, kernel, stride, padding, up) for up in (False, True)]:
         raise InputError(
-            f"affine_relu_max_pool_backward: code must be uint8 of shape {tuple(p.shape)}, got "
-            f"{code.dtype} {tuple(code.shape)}"
+            f"affine_relu_max_pool_backward: size {list(size)} does not pool to p's {list(p.shape[2:])}"
         )
-    out = backend_for(p.device).affine_relu_max_pool_backward(
-        p, code, g, scale, size, kernel, stride, padding, *_bounds(lower, upper), guided, attribute
+    if code.shape != p.shape or code.dtype != torch.uint8 or code.device != p.device:
+        raise InputError(
+            f"affine_relu_max_pool_backward: code must be uint8 of shape {tuple(p.shape)} on {p.device}, "
+            f"got {code.dtype} {tuple(code.shape)} on {code.device}"
+        )
+    bounds = _bounds("affine_relu_max_pool_backward", lower, upper)
+    backend = backend_for(p.device)
+    out = _placed(
+        p,
+        *backend.affine_relu_max_pool_backward(
+            p, code, g, scale, size, kernel, stride, padding, *bounds, guided, attribute
+        ),
     )
     return out  # type: ignore[no-any-return]
 
@@ -422,7 +501,7 @@ def _(
     guided: bool = False,
     attribute: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return p.new_empty(*p.shape[:2], *size), _sums(p)
+    return _empty(p, size), _sums(p)
 
 
 # -- attribution alone, and normalisation ---------------------------------------------------------------------
@@ -432,7 +511,7 @@ def _(
 def attribution(x: Tensor, g: Tensor, absolute: bool = False) -> Tensor:
     """Sum over positions of x * g, or of abs(x * g): (N, C, ...) twice -> (N, C)."""
     _check("attribution", x, {"g": g}, {})
-    return backend_for(x.device).attribution(x, g, absolute)  # type: ignore[no-any-return]
+    return _placed(x, backend_for(x.device).attribution(x, g, absolute))  # type: ignore[no-any-return]
 
 
 @attribution.register_fake

@@ -54,6 +54,19 @@ def affine_relu(
     Returns:
         (N, C, ...) in z's dtype.
     """
+    y = _affine_relu(z, scale, shift, residual, lower, upper).to(z.dtype)
+    return y.clone() if y is z else y
+
+
+def _affine_relu(
+    z: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    lower: float,
+    upper: float,
+) -> torch.Tensor:
+    """`affine_relu` before it is rounded to z's dtype."""
     y = z.to(compute_dtype(z.dtype))
     if scale is not None:
         y = y * _per_channel(scale, z)
@@ -61,12 +74,17 @@ def affine_relu(
         y = y + _per_channel(shift, z)
     if residual is not None:
         y = y + residual
-    return _clamp(y, lower, upper).to(z.dtype)
+    return _clamp(y, lower, upper)
 
 
 def _passes(a: torch.Tensor, g: torch.Tensor, lower: float, upper: float, guided: bool) -> torch.Tensor:
-    """Where the gradient passes the clamp whose output is a; NaN counts as inside the bounds."""
-    passes = ~(a <= lower) & ~(a >= upper)
+    """Where the gradient passes the clamp whose output is a; NaN counts as inside the bounds.
+
+    The bounds are rounded to a's dtype, as what was clamped to them is.
+    """
+    wide = torch.tensor([lower, upper], dtype=compute_dtype(a.dtype), device="cpu")
+    low, high = wide.to(a.dtype).tolist()
+    passes: torch.Tensor = ~(a <= low) & ~(a >= high)
     return passes & (g > 0) if guided else passes
 
 
@@ -93,9 +111,9 @@ def affine_relu_backward(
         dtype, the sum over positions of a * g (zeros where it is not wanted).
     """
     dtype = compute_dtype(a.dtype)
-    a, wide = a.to(dtype), g.to(dtype)
-    inside = torch.where(_passes(a, wide, lower, upper, guided), wide, 0.0)
-    s = _positions(a * wide) if attribute else a.new_zeros(a.shape[:2])
+    wide_a, wide = a.to(dtype), g.to(dtype)
+    inside = torch.where(_passes(a, g, lower, upper, guided), wide, 0.0)
+    s = _positions(wide_a * wide) if attribute else wide.new_zeros(wide.shape[:2])
     return (inside * _per_channel(scale, a)).to(g.dtype), s
 
 
@@ -121,7 +139,7 @@ def affine_add_relu_backward(
     """
     dtype = compute_dtype(a.dtype)
     wide_a, wide = a.to(dtype), g.to(dtype)
-    inside = torch.where(_passes(wide_a, wide, lower, upper, guided), wide, 0.0)
+    inside = torch.where(_passes(a, g, lower, upper, guided), wide, 0.0)
     if attribute == 2:
         assert residual is not None
         s = _positions((wide_a - residual.to(dtype)) * inside)
@@ -149,9 +167,10 @@ def affine_relu_max_pool(
 
     Returns:
         p: (N, C, H', W') in z's dtype; code: uint8, like p: the place of the maximum in its window,
-        row by row, by PyTorch's rules (the first of equals; NaN is the largest).
+        row by row, by PyTorch's rules (the first of equals; NaN is the largest). Values are compared
+        before they are rounded to z's dtype.
     """
-    a = affine_relu(z, scale, shift, None, lower, upper)
+    a = _affine_relu(z, scale, shift, None, lower, upper)
     p, index = functional.max_pool2d(
         a, kernel, stride, padding, ceil_mode=ceil_mode, return_indices=True
     )
@@ -159,7 +178,7 @@ def affine_relu_max_pool(
     top = torch.arange(p.shape[2], device=z.device).view(-1, 1) * stride[0] - padding[0]
     left = torch.arange(p.shape[3], device=z.device) * stride[1] - padding[1]
     code = (index // width - top) * kernel[1] + (index % width - left)
-    return p, code.to(torch.uint8)
+    return p.to(z.dtype), code.to(torch.uint8)
 
 
 def affine_relu_max_pool_backward(
@@ -197,7 +216,7 @@ def affine_relu_max_pool_backward(
     index = (top + place // kernel[1]) * width + left + place % kernel[1]
     wide_p, wide = p.to(dtype), g.to(dtype)
     # A window's maximum is the value at its place, so the clamp's bounds are tested on p.
-    inside = ~(wide_p <= lower) & ~(wide_p >= upper)
+    inside = _passes(p, g, lower, upper, guided=False)
     flat = wide.new_zeros(n, c, height * width)
     kept = torch.where(inside, wide, 0.0)
     flat.scatter_add_(2, index.reshape(n, c, -1), kept.reshape(n, c, -1))
@@ -240,13 +259,13 @@ def segment_normalize(theta: torch.Tensor, offsets: torch.Tensor, kind: str) -> 
         kind: `"l2"`: the Euclidean norm; `"mean"`, `"max"`: of the absolute values.
 
     Returns:
-        (U,); a segment of zeros stays zero. Large and small values neither overflow nor vanish: the
-        segment is divided by its largest first.
+        (U,) in theta's dtype; a segment of zeros stays zero. Large and small values neither overflow nor
+        vanish: the segment is divided by its largest first.
     """
     out = theta.clone()
     bounds = offsets.tolist()
     for start, stop in itertools.pairwise(bounds):
-        segment = theta[start:stop]
+        segment = theta[start:stop].to(compute_dtype(theta.dtype))
         if start == stop:
             continue
         largest = segment.abs().max()

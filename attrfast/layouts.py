@@ -1,0 +1,45 @@
+"""The two layouts that kernels work in, and which of them a result has: the rule for every backend.
+
+Must not know any op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def channels_lie_together(x: torch.Tensor) -> bool:
+    """Whether results shaped like x lie channels-last, as x does; otherwise they lie contiguous."""
+    if x.is_contiguous():
+        return False
+    if x.dim() in _CHANNELS_LAST:
+        return x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+    # (N, C, P) whose channels lie together: what a transposed linear layer's map looks like.
+    return x.dim() == 3 and x.transpose(1, 2).is_contiguous()
+
+
+def laid(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """The tensor in one of the two layouts: itself, or a copy."""
+    if not channels_last:
+        return x.contiguous()
+    if x.dim() in _CHANNELS_LAST:
+        return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_laid(
+    like: torch.Tensor, channels_last: bool, shape: Sequence[int], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """New memory in one of the two layouts, on the device of `like` and by default in its dtype."""
+    dtype = dtype or like.dtype
+    if not channels_last:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    if len(shape) in _CHANNELS_LAST:
+        return torch.empty(
+            shape, dtype=dtype, device=like.device, memory_format=_CHANNELS_LAST[len(shape)]
+        )
+    return torch.empty((shape[0], shape[2], shape[1]), dtype=dtype, device=like.device).transpose(1, 2)
