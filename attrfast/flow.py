@@ -225,8 +225,6 @@ class Analysis:
                 for i, source in enumerate(sources):
                     for j in range(each):
                         self.labels.unite(source, filters[i * each + j], why)
-                if each > 1:
-                    self.labels.freeze(filters, f"{name} is depthwise with {each} filters a channel")
         else:
             if sources is not None:
                 self._read(name, sources, why)

@@ -66,7 +66,9 @@ def _refuse(units: Units, removed: torch.Tensor) -> None:
 def _cut_outputs(module: nn.Module, gone: list[int], depthwise: bool) -> None:
     before = _flags(module)
     if isinstance(module, nn.modules.conv._ConvNd):
-        if depthwise:
+        if depthwise and (module.transposed or module.out_channels > module.groups):
+            _narrow_depthwise(module, gone)
+        elif depthwise:
             tp.prune_depthwise_conv_out_channels(module, gone)
         elif module.transposed and module.groups > 1:
             # torch-pruning takes its groups for those of an ordinary convolution.
@@ -99,6 +101,18 @@ def _cut_inputs(module: nn.Module, gone: list[int]) -> None:
     else:
         raise ModelError(f"attrfast cannot cut inputs off a {type(module).__name__}")
     _restore(module, before)
+
+
+def _narrow_depthwise(module: nn.modules.conv._ConvNd, gone: list[int]) -> None:
+    """A channel and all the filters that read it go together, which torch-pruning does not know."""
+    keep = sorted(set(range(module.out_channels)) - set(gone))
+    each = module.out_channels // module.groups
+    channels = sorted({index // each for index in keep})
+    _select(module, "weight", channels if module.transposed else keep, 0)
+    if module.bias is not None:
+        _select(module, "bias", keep, 0)
+    module.out_channels = len(keep)
+    module.in_channels = module.groups = len(channels)
 
 
 def _narrow_transposed(module: nn.modules.conv._ConvNd, gone: list[int]) -> None:

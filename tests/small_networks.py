@@ -147,7 +147,7 @@ class DataDependent(nn.Module):
 
 
 class UpAndDown(nn.Module):
-    """Transposed convolutions, one of them grouped, with PReLU and instance norm."""
+    """Transposed convolutions, grouped and depthwise too, with PReLU and instance norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,14 +155,15 @@ class UpAndDown(nn.Module):
         self.prelu = nn.PReLU(8)
         self.up = nn.ConvTranspose2d(8, 12, 2, stride=2)
         self.norm = nn.InstanceNorm2d(12, affine=True, track_running_stats=True)
-        self.grouped_up = nn.ConvTranspose2d(12, 8, 3, stride=2, padding=1, groups=2)
+        self.depthwise_up = nn.ConvTranspose2d(12, 24, 3, padding=1, groups=12)
+        self.grouped_up = nn.ConvTranspose2d(24, 8, 3, stride=2, padding=1, groups=2)
         self.last = nn.Conv2d(8, 6, 3)
         self.head = nn.Linear(6, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.prelu(self.down(x))
         x = torch.relu(self.norm(self.up(x)))
-        x = torch.relu(self.grouped_up(x))
+        x = torch.relu(self.grouped_up(torch.relu(self.depthwise_up(x))))
         return self.head(torch.relu(self.last(x)).mean((2, 3)))
 
 

@@ -411,7 +411,7 @@ def test_scores_read_like_a_mapping() -> None:
     assert set(REDUCTIONS) >= {got.reduction}
 
 
-# -- surroundings -----------------------------------------------------------------------------------------------
+# -- surroundings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("region", [torch.no_grad, torch.inference_mode])
