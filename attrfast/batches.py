@@ -148,12 +148,17 @@ def main_output(output: Any) -> torch.Tensor:
 
 
 def check_labels(labels: Any, logits: torch.Tensor) -> None:
-    """Labels must be (N,) integers that name one of the K outputs.
+    """Logits must be (N, K), and labels (N,) integers that name one of the K outputs.
 
     Raises:
-        InputError: naming the first label that does not.
+        InputError: they are not; a label outside is named.
     """
-    samples, outputs = logits.shape[0], logits.shape[1]
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise InputError(
+            f"the model's output has shape {tuple(logits.shape)} and dtype {logits.dtype}, not (samples, "
+            f"classes); give loss_fn(output, batch), and a criterion that uses it"
+        )
+    samples, outputs = logits.shape
     if not isinstance(labels, torch.Tensor):
         raise InputError(f"labels must be an int64 tensor (samples,), got {_kind(labels)}")
     if labels.dim() != 1 or labels.shape[0] != samples:
@@ -207,18 +212,26 @@ def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch
     return chosen
 
 
+def check_iterable(loader: Any) -> None:
+    """Refuses what can't be iterated over.
+
+    Raises:
+        InputError: the loader is no iterable.
+    """
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise InputError(
+            f"the loader must be an iterable of (input, label) batches, got {type(loader).__name__}"
+        )
+
+
 def reiterable(loader: Iterable[Any]) -> Iterable[Any]:
     """A loader that can be read several times: a one-shot iterator is kept in memory, with a warning.
 
     Raises:
         InputError: it cannot be iterated over.
     """
-    try:
-        iterator = iter(loader)
-    except TypeError:
-        raise InputError(
-            f"the loader must be an iterable of (input, label) batches, got {type(loader).__name__}"
-        ) from None
+    check_iterable(loader)
+    iterator = iter(loader)
     if iterator is not loader:
         return loader
     batches = list(iterator)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from attrfast.batches import Batch, resolve_device, unpack
+from attrfast.batches import Batch, check_iterable, resolve_device, unpack
 from attrfast.channels import Discovery, discover
 from attrfast.criteria import REDUCTIONS, Criterion, Reduction, get_criterion
 from attrfast.diagnosis import first_nonfinite
@@ -259,6 +259,7 @@ def _discover(model: nn.Module, batch: Batch, units: Units | Discovery | None) -
 def _batches(
     loader: Iterable[Any], device: torch.device, limit: int | None, progress: bool
 ) -> Iterator[Batch]:
+    check_iterable(loader)
     seen = 0
     bar = tqdm(loader, desc="scoring", total=limit, leave=False, disable=None if progress else True)
     for raw in bar:

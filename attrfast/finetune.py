@@ -153,7 +153,7 @@ def _train(
                 value = _loss(model, batch, how, loss)
             if device.type == "cpu" and not bool(torch.isfinite(value)):
                 raise NumericalError(
-                    f"the loss became {float(value)} in epoch {epoch + 1} of fine-tuning; lower lr "
+                    f"the loss became {float(value.detach())} in epoch {epoch + 1} of fine-tuning; lower lr "
                     f"({how.lr}), or set max_grad_norm"
                 )
             torch.autograd.backward(scaler.scale(value))

@@ -96,14 +96,9 @@ class Objective:
             total = self.loss(output, batch, labels, samples) * self.criterion.loss_sign
         else:
             logits = main_output(output)
-            if logits.dim() != 2 or not logits.is_floating_point():
-                raise InputError(
-                    f"the model's output has shape {tuple(logits.shape)} and dtype {logits.dtype}, "
-                    f"not (samples, classes); give loss_fn(output, batch) and a criterion that uses it"
-                )
             check_labels(labels, logits)
             dtype = torch.promote_types(logits.dtype, torch.float32)
-            values = self.criterion.objective(logits.to(dtype), labels.long())
+            values = self._values(logits.to(dtype), labels.long())
             if values.shape != (samples,):
                 raise InputError(
                     f"the objective of {self.criterion.name!r} returned shape {tuple(values.shape)} "
@@ -116,6 +111,17 @@ class Objective:
                 "the model's output; look for torch.no_grad() or .detach() in forward, or in the loss"
             )
         return total.to(torch.promote_types(total.dtype, torch.float32))
+
+    def _values(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.criterion.objective(logits, labels)
+        except AttrfastError:
+            raise
+        except Exception as error:
+            raise AttrfastError(
+                f"the objective of the criterion {self.criterion.name!r} raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def _call(loss_fn: LossFunction, output: Any, batch: Any, labels: Any) -> torch.Tensor:

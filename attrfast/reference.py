@@ -219,7 +219,7 @@ def affine_relu_max_pool_backward(
     inside = _passes(p, g, lower, upper, guided=False)
     flat = wide.new_zeros(n, c, height * width)
     kept = torch.where(inside, wide, 0.0)
-    flat.scatter_add_(2, index.reshape(n, c, -1), kept.reshape(n, c, -1))
+    flat.scatter_add_(2, index.flatten(2), kept.flatten(2))
     if guided:
         flat = torch.where(flat > 0, flat, 0.0)
     gz = flat.view(n, c, height, width) * _per_channel(scale, p)
