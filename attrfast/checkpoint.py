@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -106,12 +107,15 @@ def load(folder: Path, expected: str) -> Checkpoint | None:
         return None
     try:
         state = json.loads(path.read_text())
-        weights = load_file(folder / state["weights"])
+        name = str(state["weights"])
+        if Path(name).name != name:
+            raise ValueError(f"the weights {name!r} lie outside the folder")
+        weights = load_file(folder / name)
         history = [row_from_json(row) for row in state["history"]]
         gates = {
             name: torch.tensor([bit == "1" for bit in bits]) for name, bits in state["gates"].items()
         }
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise InputError(f"the checkpoint in {folder} can't be read: {error}; remove it") from error
     if state["fingerprint"] != expected:
         raise InputError(
