@@ -67,6 +67,7 @@ class BuildNative(build_ext):
             record["compiler"] = self.compile(Path(self.get_ext_fullpath(ext.name)))
         except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
             record["native"] = f"not built: {error}"
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build
             print(
                 f"attrfast: the native module was not built ({error}). attrfast works without it, "
                 f"on slower PyTorch operations.",
@@ -146,6 +147,8 @@ class BuildPython(build_py):
         if not wanted():
             record = {"native": "not built: ATTRFAST_NATIVE=0", "cuda": cuda_decision(), "compiler": ""}
             place = ROOT / "attrfast" if self.editable_mode else Path(self.build_lib) / "attrfast"
+            for stale in (*place.glob("_native*.so"), *place.glob("_native*.pyd")):
+                stale.unlink()
             write_record(place, record)
 
 
