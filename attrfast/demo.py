@@ -99,7 +99,7 @@ def _train(model: nn.Module, loader: DataLoader[Any], *, progress: bool) -> None
     optimiser = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LEARNING_RATE, total_steps=steps)
     model.train()
-    with tqdm(total=steps, desc="training", leave=False, disable=not progress) as bar:
+    with tqdm(total=steps, desc="training", leave=False, disable=None if progress else True) as bar:
         for _ in range(_EPOCHS):
             for images, labels in loader:
                 optimiser.zero_grad()
