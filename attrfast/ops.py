@@ -41,7 +41,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def _check(
     op: str, x: Tensor, same: dict[str, Tensor | None], vectors: dict[str, Tensor | None]
 ) -> None:
-    """Shapes, dtypes and devices that every op needs.
+    """Shapes, dtypes and devices that every op needs. The fakes check them too: PyTorch calls those, and
+    not the op, where one argument is on the meta device.
 
     Raises:
         InputError: naming the op and the offending argument.
@@ -98,6 +99,14 @@ def _check_pool(
         raise InputError(
             f"{op}: size {list(size)} with padding {list(padding)} has no room for a window of "
             f"{list(kernel)}"
+        )
+
+
+def _check_code(p: Tensor, code: Tensor) -> None:
+    if code.shape != p.shape or code.dtype != torch.uint8 or code.device != p.device:
+        raise InputError(
+            f"affine_relu_max_pool_backward: code must be uint8 of shape {tuple(p.shape)} on {p.device}, "
+            f"got {code.dtype} {tuple(code.shape)} on {code.device}"
         )
 
 
@@ -190,6 +199,7 @@ def _(
     lower: float | None = 0.0,
     upper: float | None = None,
 ) -> Tensor:
+    _check("affine_relu", z, {"residual": residual}, {"scale": scale, "shift": shift})
     return _empty(z)
 
 
@@ -228,6 +238,18 @@ def affine_relu_(
     backend_for(z.device).affine_relu_(z, scale, shift, residual, *_bounds("affine_relu_", lower, upper))
 
 
+@affine_relu_.register_fake
+def _(
+    z: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    lower: float | None = 0.0,
+    upper: float | None = None,
+) -> None:
+    _check("affine_relu_", z, {"residual": residual}, {"scale": scale, "shift": shift})
+
+
 # -- its backward, with the attribution -------------------------------------------------------------------
 
 
@@ -260,6 +282,7 @@ def _(
     guided: bool = False,
     attribute: bool = True,
 ) -> tuple[Tensor, Tensor]:
+    _check("affine_relu_backward", a, {"g": g}, {"scale": scale})
     return _empty(a), _sums(a)
 
 
@@ -291,6 +314,7 @@ def _(
     guided: bool = False,
     attribute: bool = True,
 ) -> Tensor:
+    _check("affine_relu_backward_", a, {"g": g}, {"scale": scale})
     return _sums(a)
 
 
@@ -327,6 +351,7 @@ def _(
     guided: bool = False,
     attribute: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check("affine_add_relu_backward", a, {"g": g, "residual": residual}, {"scale": scale})
     return _empty(a), _empty(a), _sums(a)
 
 
@@ -363,6 +388,7 @@ def _(
     guided: bool = False,
     attribute: int = 1,
 ) -> tuple[Tensor, Tensor]:
+    _check("affine_add_relu_backward_", a, {"g": g, "residual": residual}, {"scale": scale})
     return _empty(a), _sums(a)
 
 
@@ -412,6 +438,7 @@ def _(
     lower: float | None = 0.0,
     upper: float | None = None,
 ) -> tuple[Tensor, Tensor]:
+    _check("affine_relu_max_pool", z, {}, {"scale": scale, "shift": shift})
     size = _pooled(z.shape[2:], kernel, stride, padding, ceil_mode)
     return _empty(z, size), _empty(z, size, torch.uint8)
 
@@ -470,11 +497,7 @@ def affine_relu_max_pool_backward(
         raise InputError(
             f"affine_relu_max_pool_backward: size {list(size)} does not pool to p's {list(p.shape[2:])}"
         )
-    if code.shape != p.shape or code.dtype != torch.uint8 or code.device != p.device:
-        raise InputError(
-            f"affine_relu_max_pool_backward: code must be uint8 of shape {tuple(p.shape)} on {p.device}, "
-            f"got {code.dtype} {tuple(code.shape)} on {code.device}"
-        )
+    _check_code(p, code)
     bounds = _bounds("affine_relu_max_pool_backward", lower, upper)
     backend = backend_for(p.device)
     out = _placed(
@@ -501,6 +524,8 @@ def _(
     guided: bool = False,
     attribute: bool = True,
 ) -> tuple[Tensor, Tensor]:
+    _check("affine_relu_max_pool_backward", p, {"g": g}, {"scale": scale})
+    _check_code(p, code)
     return _empty(p, size), _sums(p)
 
 
@@ -516,6 +541,7 @@ def attribution(x: Tensor, g: Tensor, absolute: bool = False) -> Tensor:
 
 @attribution.register_fake
 def _(x: Tensor, g: Tensor, absolute: bool = False) -> Tensor:
+    _check("attribution", x, {"g": g}, {})
     return _sums(x)
 
 

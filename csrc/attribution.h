@@ -33,6 +33,7 @@ struct AffineRelu {
 
 // g1 = where(lower < a < upper [and g > 0], g, 0); gz = g1 * scale.
 // s[n, c] = sum over p of a * g (kOutput) or (a - residual) * g1 (kBranch).
+// Both bounds are first rounded to the element type, as what the forward clamped was.
 // g1 may be null or g; gz may be g where g1 is null; s is read with kNone by nobody.
 struct AffineReluBackward {
   const void *a, *g, *scale, *residual;
@@ -56,6 +57,7 @@ struct Pool {
 };
 
 // p = max over each window of clamp(z * scale + shift); code = place of the maximum in its window.
+// Values are compared in the compute type, before they are rounded.
 struct AffineReluMaxPool {
   const void *z, *scale, *shift;
   void* p;
@@ -63,7 +65,8 @@ struct AffineReluMaxPool {
   double lower, upper;
 };
 
-// gz = scale * where(clamp passes, sum of the g of the windows whose maximum is here, 0).
+// gz = scale * where(clamp passes, sum of the g of the windows whose maximum is here, 0). A code that
+// no such pooling gives is left out.
 struct AffineReluMaxPoolBackward {
   const void *p, *g, *scale;
   const uint8_t* code;

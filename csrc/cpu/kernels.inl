@@ -51,6 +51,15 @@ class PerChannel {
   const C* data_;
 };
 
+// A bound as the element type stores it: what a clamped element compares equal to.
+template <class T>
+static inline Compute<T> stored_bound(double bound) {
+  return Element<T>::load(Element<T>::store(static_cast<Compute<T>>(bound)));
+}
+
+// What a missing shift adds: adding 0 would lose the sign of -0.
+constexpr float kNoShift = -0.0f;
+
 // Sums over positions of a channels-last tensor: body(row, acc) adds position `row` of channels 0..C
 // into acc. s gets the totals.
 template <class C, class Body>
@@ -109,7 +118,7 @@ static void affine_relu_typed(const Shape& shape, const AffineRelu& op, int thre
   const T* r = static_cast<const T*>(op.residual);
   T* y = static_cast<T*>(op.y);
   const C lower = static_cast<C>(op.lower), upper = static_cast<C>(op.upper);
-  const PerChannel<C> scales(op.scale, shape.c, 1), shifts(op.shift, shape.c, 0);
+  const PerChannel<C> scales(op.scale, shape.c, 1), shifts(op.shift, shape.c, kNoShift);
   const C *scale = scales.data(), *shift = shifts.data();
   if (shape.layout == kChannelsFirst) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -166,7 +175,7 @@ static void backward_typed(const Shape& shape, const AffineReluBackward& op, int
   T* g1 = static_cast<T*>(op.g1);
   T* gz = static_cast<T*>(op.gz);
   C* s = static_cast<C*>(op.s);
-  const C lower = static_cast<C>(op.lower), upper = static_cast<C>(op.upper);
+  const C lower = stored_bound<T>(op.lower), upper = stored_bound<T>(op.upper);
   const PerChannel<C> scales(op.scale, shape.c, 1);
   const C* scale = scales.data();
   if (shape.layout == kChannelsFirst) {

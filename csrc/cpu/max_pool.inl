@@ -15,7 +15,7 @@ static void max_pool_typed(const Shape& shape, const Pool& pool, const AffineRel
   const T* z_all = static_cast<const T*>(op.z);
   T* p_all = static_cast<T*>(op.p);
   const C lower = static_cast<C>(op.lower), upper = static_cast<C>(op.upper);
-  const PerChannel<C> scales(op.scale, shape.c, 1), shifts(op.shift, shape.c, 0);
+  const PerChannel<C> scales(op.scale, shape.c, 1), shifts(op.shift, shape.c, kNoShift);
   const C *scale = scales.data(), *shift = shifts.data();
   const bool first_layout = shape.layout == kChannelsFirst;
   // A task is one output row: of one channel, or of all channels of a sample. `width` values are
@@ -107,7 +107,7 @@ static void max_pool_backward_typed(const Shape& shape, const Pool& pool,
   const T* p_all = static_cast<const T*>(op.p);
   const T* g_all = static_cast<const T*>(op.g);
   T* gz_all = static_cast<T*>(op.gz);
-  const C lower = static_cast<C>(op.lower), upper = static_cast<C>(op.upper);
+  const C lower = stored_bound<T>(op.lower), upper = stored_bound<T>(op.upper);
   const PerChannel<C> scales(op.scale, shape.c, 1);
   const C* scale = scales.data();
   const bool first_layout = shape.layout == kChannelsFirst;
@@ -134,8 +134,10 @@ static void max_pool_backward_typed(const Shape& shape, const Pool& pool,
             const int64_t place = op.code[start + ox];
             if (place < low || place >= high) continue;
             const C p = E::load(p_all[start + ox]);
-            if ((p <= lower) | (p >= upper)) continue;
-            acc[ox * pool.stride[1] - pool.padding[1] + place - low] += E::load(g_all[start + ox]);
+            const int64_t ix = ox * pool.stride[1] - pool.padding[1] + place - low;
+            // The last one says that the code is not of this pooling; it must not write elsewhere.
+            if ((p <= lower) | (p >= upper) | (ix < 0) | (ix >= width)) continue;
+            acc[ix] += E::load(g_all[start + ox]);
           }
         }
         const C factor = scale[plane % shape.c];
