@@ -37,6 +37,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p attrfast
+	$(BIN)/mypy -p kernels
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \
 		| xargs $(BIN)/clang-format --dry-run -Werror
 

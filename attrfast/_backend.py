@@ -42,6 +42,13 @@ def find(name: str) -> Found:
         except ImportError as error:
             return Found(name, None, f"the native module is not built ({error})")
         return Found(name, CpuBackend())
+    if name == "triton":
+        try:
+            from attrfast.kernels.backend import TritonBackend, unusable
+        except ImportError as error:
+            return Found(name, None, f"Triton can't be imported ({error})")
+        reason = unusable()
+        return Found(name, None if reason else TritonBackend(), reason)
     return Found(name, None, f"this version of attrfast has no {name} kernels yet")
 
 
@@ -70,12 +77,20 @@ def _preferred(kind: str, forced: str | None) -> Any:
     if forced is not None:
         if forced == "cpu" and kind != "cpu":
             raise BackendError(f"ATTRFAST_BACKEND=cpu can't be used on a tensor on {kind}")
-        return find(forced).backend
+        found = find(forced)
+        if forced == "triton" and found.backend is not None:
+            found.backend.check_device(kind)
+        return found.backend
     if kind == "cpu":
         found = find("cpu")
         if found.backend is not None:
             return found.backend
         log.warning("attrfast runs its plain PyTorch ops on the CPU: %s", found.reason)
+    if kind == "cuda":
+        found = find("triton")
+        if found.backend is not None:
+            return found.backend
+        log.warning("attrfast runs its plain PyTorch ops on the GPU: %s", found.reason)
     return find("reference").backend
 
 

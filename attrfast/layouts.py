@@ -43,3 +43,15 @@ def empty_laid(
             shape, dtype=dtype, device=like.device, memory_format=_CHANNELS_LAST[len(shape)]
         )
     return torch.empty((shape[0], shape[2], shape[1]), dtype=dtype, device=like.device).transpose(1, 2)
+
+
+def common(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The tensor in the layout that all tensors of a launch get, and whether that is channels-last."""
+    last = channels_lie_together(x)
+    return laid(x, last), last
+
+
+def put_back(target: torch.Tensor, work: torch.Tensor) -> None:
+    """Writes back into the caller's tensor what was worked on in a copy."""
+    if work.data_ptr() != target.data_ptr() or work.stride() != target.stride():
+        target.copy_(work)

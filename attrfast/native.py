@@ -11,18 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from attrfast import _native
-from attrfast.layouts import channels_lie_together, empty_laid, laid
+from attrfast.layouts import common, empty_laid, laid, put_back
 from attrfast.reference import INF, compute_dtype, pooled_size
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 Tensor = torch.Tensor
-
-
-def _common(x: Tensor) -> tuple[Tensor, bool]:
-    """The tensor in the layout that all tensors of a launch get, and whether that is channels-last."""
-    last = channels_lie_together(x)
-    return laid(x, last), last
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
@@ -43,12 +37,6 @@ def _sums(x: Tensor) -> Tensor:
     return torch.empty(x.shape[:2], dtype=compute_dtype(x.dtype), device=x.device)
 
 
-def _put(target: Tensor, work: Tensor) -> None:
-    """Writes back into the caller's tensor what was worked on in a copy."""
-    if work.data_ptr() != target.data_ptr() or work.stride() != target.stride():
-        target.copy_(work)
-
-
 class CpuBackend:
     """The ops of `attrfast.reference`, by the native kernels."""
 
@@ -63,9 +51,9 @@ class CpuBackend:
         lower: float = 0.0,
         upper: float = INF,
     ) -> None:
-        x, last = _common(z)
+        x, last = common(z)
         self._affine_relu(x, last, scale, shift, residual, x, lower, upper)
-        _put(z, x)
+        put_back(z, x)
 
     def affine_relu(
         self,
@@ -76,7 +64,7 @@ class CpuBackend:
         lower: float = 0.0,
         upper: float = INF,
     ) -> Tensor:
-        x, last = _common(z)
+        x, last = common(z)
         y = empty_laid(x, last, x.shape)
         self._affine_relu(x, last, scale, shift, residual, y, lower, upper)
         return y
@@ -119,10 +107,10 @@ class CpuBackend:
         guided: bool = False,
         attribute: bool = True,
     ) -> Tensor:
-        a, last = _common(a)
+        a, last = common(a)
         grad = laid(g, last)
         s = self._backward(a, last, grad, None, scale, None, grad, lower, upper, guided, int(attribute))
-        _put(g, grad)
+        put_back(g, grad)
         return s
 
     def affine_relu_backward(
@@ -135,7 +123,7 @@ class CpuBackend:
         guided: bool = False,
         attribute: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        a, last = _common(a)
+        a, last = common(a)
         gz = empty_laid(a, last, a.shape)
         grad = laid(g, last)
         s = self._backward(a, last, grad, None, scale, None, gz, lower, upper, guided, int(attribute))
@@ -152,11 +140,11 @@ class CpuBackend:
         guided: bool = False,
         attribute: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        a, last = _common(a)
+        a, last = common(a)
         grad = laid(g, last)
         gz = empty_laid(a, last, a.shape)
         s = self._backward(a, last, grad, residual, scale, grad, gz, lower, upper, guided, attribute)
-        _put(g, grad)
+        put_back(g, grad)
         return gz, s
 
     def affine_add_relu_backward(
@@ -170,7 +158,7 @@ class CpuBackend:
         guided: bool = False,
         attribute: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        a, last = _common(a)
+        a, last = common(a)
         grad = laid(g, last)
         g1, gz = empty_laid(a, last, a.shape), empty_laid(a, last, a.shape)
         s = self._backward(a, last, grad, residual, scale, g1, gz, lower, upper, guided, attribute)
@@ -225,7 +213,7 @@ class CpuBackend:
         lower: float = 0.0,
         upper: float = INF,
     ) -> tuple[Tensor, Tensor]:
-        z, last = _common(z)
+        z, last = common(z)
         size = z.shape[2:]
         pooled = [pooled_size(size[i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)]
         p = empty_laid(z, last, (*z.shape[:2], *pooled))
@@ -267,7 +255,7 @@ class CpuBackend:
         guided: bool = False,
         attribute: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        p, last = _common(p)
+        p, last = common(p)
         code, g = laid(code, last), laid(g, last)
         gz = empty_laid(p, last, (*p.shape[:2], *size))
         scale = _vector(scale)
@@ -295,7 +283,7 @@ class CpuBackend:
         return gz, s
 
     def attribution(self, x: Tensor, g: Tensor, absolute: bool = False) -> Tensor:
-        x, last = _common(x)
+        x, last = common(x)
         g = laid(g, last)
         s = _sums(x)
         _native.attribution(

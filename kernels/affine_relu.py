@@ -1,0 +1,143 @@
+"""Forward: a folded batch norm, an addition and a ReLU, element by element.
+
+    y = clamp(z * scale[c] + shift[c] + residual, lower, upper)
+
+Bytes: z once, the residual once where there is one, y once: 2eT or 3eT, which is the floor. y may be z.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from attrfast.kernels.launch import Config, bucket, launch, scaled, tuned
+from attrfast.kernels.tiles import (
+    as_lines,
+    as_stored,
+    clamped,
+    column_place,
+    cut_columns,
+    cut_lines,
+    line_tile,
+)
+
+Tensor = torch.Tensor
+
+
+@triton.jit(do_not_specialize=["row_units", "units", "channels"])
+def affine_relu_lines(
+    z_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    row_units,
+    units,
+    channels,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    UNIT: tl.constexpr,
+    LINES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    base, offset, inside, row, _line, is_line, _first = line_tile(
+        row_units, units, ROW_UNIT, UNIT, LINES, WIDTH, SPLIT, FLAT
+    )
+    z = tl.load(z_ptr + base + offset, mask=inside, other=0.0)
+    y = as_lines(z.to(WIDE), LINES, WIDTH, FLAT)
+    channel = row % channels
+    if scale_ptr is not None:
+        y = y * tl.load(scale_ptr + channel, mask=is_line, other=0.0)[:, None]
+    if shift_ptr is not None:
+        y = y + tl.load(shift_ptr + channel, mask=is_line, other=0.0)[:, None]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + base + offset, mask=inside, other=0.0)
+        y = y + as_lines(residual.to(WIDE), LINES, WIDTH, FLAT)
+    y = clamped(y, LOWER, UPPER).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + base + offset, as_stored(y, LINES, WIDTH, FLAT), mask=inside)
+
+
+@triton.jit(do_not_specialize=["positions", "units", "blocks"])
+def affine_relu_columns(
+    z_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    positions,
+    units,
+    blocks,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Samples do not matter here: positions are those of all of them."""
+    _, piece, c0 = column_place(tl.cdiv(positions.to(tl.int64), HEIGHT), blocks, WIDTH)
+    channels = units.to(tl.int64) * UNIT
+    p = piece * HEIGHT + tl.arange(0, HEIGHT)
+    c = tl.arange(0, WIDTH)
+    is_channel = c < channels - c0
+    inside = (p < positions)[:, None] & is_channel[None, :]
+    offset = p[:, None] * channels + c0 + c[None, :]
+    y = tl.load(z_ptr + offset, mask=inside, other=0.0).to(WIDE)
+    if scale_ptr is not None:
+        y = y * tl.load(scale_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
+    if shift_ptr is not None:
+        y = y + tl.load(shift_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
+    if residual_ptr is not None:
+        y = y + tl.load(residual_ptr + offset, mask=inside, other=0.0).to(WIDE)
+    y = clamped(y, LOWER, UPPER).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offset, y, mask=inside)
+
+
+def affine_relu(
+    z: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    lower: float,
+    upper: float,
+    last: bool,
+) -> None:
+    """Writes y. z, residual and y lie alike: contiguous, or channels-last where `last`."""
+    n, c = z.shape[:2]
+    positions = z.shape[2:].numel()
+    wide = tl.float64 if z.dtype == torch.float64 else tl.float32
+    bounds = {"LOWER": lower, "UPPER": upper, "WIDE": wide}
+
+    def run(config: Config, y: Tensor) -> None:
+        config = scaled(config, z.dtype)
+        pointers = z, scale, shift, residual, y
+        if last:
+            # Samples are more positions.
+            columns = cut_columns(1, n * positions, c)
+            width = columns.width(config.elements)
+            height = max(1, config.elements // width)
+            blocks = columns.blocks(config.elements)
+            launch(
+                affine_relu_columns,
+                -(-n * positions // height) * blocks,
+                config.warps,
+                (*pointers, n * positions, c // columns.unit, blocks),
+                {**bounds, "UNIT": columns.unit, "HEIGHT": height, "WIDTH": width},
+            )
+            return
+        lines = cut_lines(n * c, positions)
+        launch(
+            affine_relu_lines,
+            lines.programs(config.elements),
+            config.warps,
+            (*pointers, lines.rows // lines.row_unit, positions // lines.unit, c),
+            {**bounds, **lines.constants(config.elements)},
+        )
+
+    given = scale is not None, shift is not None, residual is not None
+    key = "affine_relu", z.dtype, last, given, bucket(positions), bucket(c), bucket(z.numel())
+    run(tuned(key, z.device, lambda config: run(config, torch.empty_like(y))), y)
