@@ -29,6 +29,8 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+# A GPU runs the machine code of its own generation; newer ones compile what the last one is made from.
+GPUS = ("80", "90")
 
 
 def wanted() -> bool:
@@ -48,9 +50,24 @@ def cuda_decision() -> str:
         reason = "nvcc was not found"
     else:
         return "built"
-    if choice == "1":
+    return cuda_missing(reason)
+
+
+def cuda_missing(reason: str) -> str:
+    """The same where the CUDA sources can't be built."""
+    if os.environ.get("ATTRFAST_CUDA", "auto").strip() == "1":
         raise SystemExit(f"ATTRFAST_CUDA=1, but {reason}")
     return f"not built: {reason}"
+
+
+def gpu_flags() -> list[str]:
+    """nvcc's flags for those of GPUS that it knows; RuntimeError if there are none."""
+    listed = subprocess.run(["nvcc", "--list-gpu-code"], check=True, capture_output=True, text=True)
+    known = [gpu for gpu in GPUS if f"sm_{gpu}" in listed.stdout.split()]
+    if not known:
+        raise RuntimeError(f"nvcc compiles for none of the GPU generations {', '.join(GPUS)}")
+    flags = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in known]
+    return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
 
 
 def escaped(path: object) -> str:
@@ -63,19 +80,28 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         record = {"native": "built", "cuda": cuda_decision(), "compiler": ""}
+        target = Path(self.get_ext_fullpath(ext.name))
         try:
-            record["compiler"] = self.compile(Path(self.get_ext_fullpath(ext.name)))
+            if record["cuda"] == "built":
+                try:
+                    record["compiler"] = self.compile(target, cuda=True)
+                except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+                    # Where the compiler is at fault, the next attempt says so.
+                    record["cuda"] = cuda_missing(str(error))
+            if record["cuda"] != "built":
+                record["compiler"] = self.compile(target, cuda=False)
         except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
             record["native"] = f"not built: {error}"
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build
+            target.unlink(missing_ok=True)  # of an earlier build
             print(
                 f"attrfast: the native module was not built ({error}). attrfast works without it, "
                 f"on slower PyTorch operations.",
                 file=sys.stderr,
             )
-        write_record(Path(self.get_ext_fullpath(ext.name)).parent, record)
+            record["cuda"] = "not built: the native module was not built"
+        write_record(target.parent, record)
 
-    def compile(self, target: Path) -> str:
+    def compile(self, target: Path, cuda: bool) -> str:
         import pybind11
 
         compiler = os.environ.get("CXX") or next(
@@ -100,17 +126,29 @@ class BuildNative(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            "  command = $cxx -shared -fopenmp $in -o $out",
+            f"  command = {self.linker(compiler, cuda)} $in -o $out",
+            "rule compile_cuda",
+            "  command = nvcc -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
         ]
         objects = []
         for source in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]:
             flags = [*FLAGS, *(ISA_FLAGS.get(source.stem, []) if X86 else [])]
             if source.stem == "bindings":
                 flags += [*includes, f"'-DATTRFAST_COMPILER=\"{quoted}\"'"]
+                flags += ["-DATTRFAST_WITH_CUDA"] if cuda else []
             objects.append(folder / f"{source.stem}.o")
             lines += [
                 f"build {escaped(objects[-1])}: compile {escaped(source)}",
                 "  flags = " + " ".join(flags).replace("$", "$$"),
+            ]
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if cuda else []:
+            flags = ["-O3", "-std=c++17", *gpu_flags(), "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+            objects.append(folder / f"{source.stem}.cu.o")
+            lines += [
+                f"build {escaped(objects[-1])}: compile_cuda {escaped(source)}",
+                "  flags = " + " ".join(flags),
             ]
         lines.append(f"build {escaped(target)}: link {' '.join(map(escaped, objects))}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -119,8 +157,20 @@ class BuildNative(build_ext):
         )
         if result.returncode:
             print(result.stdout[-4000:], result.stderr[-4000:], file=sys.stderr)
-            raise RuntimeError(f"{compiler} failed; its messages stand above")
+            failed = "the build with nvcc" if cuda else compiler
+            raise RuntimeError(f"{failed} failed; its messages stand above")
         return version
+
+    @staticmethod
+    def linker(compiler: str, cuda: bool) -> str:
+        """The command that links the module. nvcc knows where its runtime lies; linked statically and kept
+        from view, that meets no other copy, and needs no driver to be loaded."""
+        if not cuda:
+            return "$cxx -shared -fopenmp"
+        # The same compiler as for the other sources, which decides the OpenMP library.
+        host = f"-ccbin={compiler} " if len(compiler.split()) == 1 else ""
+        hidden = "-Xlinker=--exclude-libs=libcudart_static.a"
+        return f"nvcc {host}-shared -cudart=static -Xcompiler=-fopenmp,-fPIC {hidden}"
 
     def get_outputs(self) -> list[str]:
         # setuptools expects what a failed build did not make.
@@ -136,7 +186,10 @@ class BuildNative(build_ext):
         self.inplace = 1
         for path in (made, made.parent / "_build.json"):
             if path.exists():
-                shutil.copy2(path, built.parent / path.name)
+                # Moved into place: a process that has the old module loaded keeps it whole.
+                beside = built.parent / f"{path.name}.part"
+                shutil.copy2(path, beside)
+                os.replace(beside, built.parent / path.name)
 
 
 class BuildPython(build_py):

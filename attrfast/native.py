@@ -14,6 +14,7 @@ from attrfast import _native
 from attrfast.layouts import common, empty_laid, laid, put_back
 from attrfast.reference import INF, compute_dtype, pooled_size
 
+_NORMS = {"l2": 0, "mean": 1, "max": 2}
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 Tensor = torch.Tensor
@@ -297,3 +298,17 @@ class CpuBackend:
             torch.get_num_threads(),
         )
         return s
+
+    def segment_normalize(self, theta: Tensor, offsets: Tensor, kind: str) -> Tensor:
+        theta, offsets = theta.contiguous(), offsets.contiguous()
+        out = torch.empty_like(theta)
+        _native.segment_normalize(
+            _DTYPES[theta.dtype],
+            theta.data_ptr(),
+            offsets.data_ptr(),
+            offsets.numel() - 1,
+            out.data_ptr(),
+            _NORMS[kind],
+            torch.get_num_threads(),
+        )
+        return out

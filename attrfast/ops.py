@@ -18,7 +18,6 @@ from attrfast._backend import backend_for
 from attrfast.errors import InputError
 from attrfast.layouts import channels_lie_together, empty_laid, laid
 from attrfast.reference import INF, compute_dtype, pooled_size
-from attrfast.reference import segment_normalize as _segment_normalize
 
 __all__ = [
     "affine_add_relu_backward",
@@ -550,19 +549,22 @@ def segment_normalize(theta: Tensor, offsets: Tensor, kind: str = "l2") -> Tenso
     """Divides each segment of theta (U,) by its own norm: see `attrfast.reference.segment_normalize`."""
     if kind not in ("l2", "mean", "max"):
         raise InputError(f"segment_normalize: kind must be 'l2', 'mean' or 'max', got {kind!r}")
-    if theta.dim() != 1 or not theta.is_floating_point():
+    if theta.dim() != 1 or theta.dtype not in _DTYPES:
         raise InputError(
             f"segment_normalize: theta must be floating and of shape (U,), got {theta.dtype} "
             f"{tuple(theta.shape)}"
         )
     if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.numel() < 1:
         raise InputError("segment_normalize: offsets must be int64 of shape (L + 1,)")
+    if offsets.device != theta.device:
+        raise InputError(f"segment_normalize: offsets is on {offsets.device}, expected {theta.device}")
     bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != theta.shape[0] or bounds != sorted(bounds):
         raise InputError(
             f"segment_normalize: offsets must ascend from 0 to {theta.shape[0]}, got {bounds}"
         )
-    return _segment_normalize(theta, offsets, kind)
+    out = backend_for(theta.device).segment_normalize(theta, offsets, kind)
+    return out  # type: ignore[no-any-return]
 
 
 @segment_normalize.register_fake

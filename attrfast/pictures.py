@@ -87,6 +87,7 @@ def trade_off(history: Sequence[Row], path: Path) -> None:
         low, high = min(top1), max(top1)
         margin = max(0.15 * (high - low), 1.0)
         axes.set_ylim(max(0.0, low - margin), high + margin)
+        axes.set_yticks([tick for tick in axes.get_yticks() if low - margin <= tick <= 100])
         # Above the first point and below the last: the curve seldom passes there.
         for index, shift in ((0, (0, 8)), (-1, (0, -16))):
             axes.annotate(

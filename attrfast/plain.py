@@ -21,6 +21,7 @@ class ReferenceBackend:
     affine_relu_max_pool = staticmethod(reference.affine_relu_max_pool)
     affine_relu_max_pool_backward = staticmethod(reference.affine_relu_max_pool_backward)
     attribution = staticmethod(reference.attribution)
+    segment_normalize = staticmethod(reference.segment_normalize)
 
     def affine_relu_(self, z: Tensor, *args: Any) -> None:
         z.copy_(reference.affine_relu(z, *args))

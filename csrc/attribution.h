@@ -75,6 +75,18 @@ struct AffineReluMaxPoolBackward {
   bool guided;
 };
 
+enum Norm : int { kL2 = 0, kMean = 1, kMax = 2 };  // of the absolute values
+
+// out[i] = theta[i] / norm of its segment; segment l is offsets[l] to offsets[l + 1]. A segment of zeros
+// stays zero. Its largest value is divided out first, so that no square overflows or vanishes.
+struct SegmentNormalize {
+  const void* theta;
+  const int64_t* offsets;
+  int64_t segments;
+  void* out;
+  Norm kind;
+};
+
 // One set of kernels, compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -85,6 +97,7 @@ struct Kernels {
   void (*affine_relu_max_pool)(Dtype, const Shape&, const Pool&, const AffineReluMaxPool&, int threads);
   void (*affine_relu_max_pool_backward)(Dtype, const Shape&, const Pool&,
                                         const AffineReluMaxPoolBackward&, int threads);
+  void (*segment_normalize)(Dtype, const SegmentNormalize&, int threads);
 };
 
 const Kernels* baseline_kernels();

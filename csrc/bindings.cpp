@@ -7,6 +7,9 @@
 #include <vector>
 
 #include "attribution.h"
+#ifdef ATTRFAST_WITH_CUDA
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 using namespace attrfast;
@@ -100,6 +103,14 @@ void affine_relu_max_pool_backward(int dtype, int layout, int64_t n, int64_t c, 
       threads);
 }
 
+void segment_normalize(int dtype, Address theta, Address offsets, int64_t segments, Address result,
+                       int kind, int threads) {
+  chosen->segment_normalize(static_cast<Dtype>(dtype),
+                            {in(theta), static_cast<const int64_t*>(in(offsets)), segments, out(result),
+                             static_cast<Norm>(kind)},
+                            threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -121,4 +132,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("attribution", &attribution, unlocked);
   m.def("affine_relu_max_pool", &affine_relu_max_pool, unlocked);
   m.def("affine_relu_max_pool_backward", &affine_relu_max_pool_backward, unlocked);
+  m.def("segment_normalize", &segment_normalize, unlocked);
+#ifdef ATTRFAST_WITH_CUDA
+  py::module_ cuda = m.def_submodule("cuda", "Launches of attrfast's CUDA kernels over raw pointers.");
+  attrfast::cuda::bind(cuda);
+#endif
 }

@@ -253,6 +253,7 @@ static void attribution_typed(const Shape& shape, const Attribution& op, int thr
 }
 
 #include "max_pool.inl"
+#include "normalize.inl"
 
 // -- dispatch ---------------------------------------------------------------------------------------
 
@@ -316,8 +317,13 @@ static void affine_relu_max_pool_backward(Dtype dtype, const Shape& shape, const
   ATTRFAST_BY_DTYPE(dtype, (max_pool_backward_typed<T>(shape, pool, op, threads)))
 }
 
+static void segment_normalize(Dtype dtype, const SegmentNormalize& op, int threads) {
+  ATTRFAST_BY_DTYPE(dtype, (segment_normalize_typed<T>(op, threads)))
+}
+
 static const Kernels kernels = {ATTRFAST_ISA_NAME, affine_relu,          affine_relu_backward,
-                                attribution,       affine_relu_max_pool, affine_relu_max_pool_backward};
+                                attribution,       affine_relu_max_pool, affine_relu_max_pool_backward,
+                                segment_normalize};
 
 }  // namespace ATTRFAST_ISA
 }  // namespace attrfast
