@@ -49,7 +49,10 @@ def find(name: str) -> Found:
             return Found(name, None, f"Triton can't be imported ({error})")
         reason = unusable()
         return Found(name, None if reason else TritonBackend(), reason)
-    return Found(name, None, f"this version of attrfast has no {name} kernels yet")
+    from attrfast import cuda
+
+    reason = cuda.unusable()
+    return Found(name, None if reason else cuda.CudaBackend(), reason)
 
 
 def asked() -> str | None:
@@ -78,7 +81,7 @@ def _preferred(kind: str, forced: str | None) -> Any:
         if forced == "cpu" and kind != "cpu":
             raise BackendError(f"ATTRFAST_BACKEND=cpu can't be used on a tensor on {kind}")
         found = find(forced)
-        if forced == "triton" and found.backend is not None:
+        if forced in ("triton", "cuda") and found.backend is not None:
             found.backend.check_device(kind)
         return found.backend
     if kind == "cpu":
@@ -87,10 +90,12 @@ def _preferred(kind: str, forced: str | None) -> Any:
             return found.backend
         log.warning("attrfast runs its plain PyTorch ops on the CPU: %s", found.reason)
     if kind == "cuda":
-        found = find("triton")
-        if found.backend is not None:
-            return found.backend
-        log.warning("attrfast runs its plain PyTorch ops on the GPU: %s", found.reason)
+        both = find("cuda"), find("triton")
+        for found in both:
+            if found.backend is not None:
+                return found.backend
+        why = "; ".join(f"{found.name}: {found.reason}" for found in both)
+        log.warning("attrfast runs its plain PyTorch ops on the GPU: %s", why)
     return find("reference").backend
 
 
