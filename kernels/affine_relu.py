@@ -13,10 +13,12 @@ from attrfast.kernels.launch import Config, bucket, launch, scaled, tuned
 from attrfast.kernels.tiles import (
     as_lines,
     as_stored,
+    by_columns,
     clamped,
     column_place,
     cut_columns,
     cut_lines,
+    line_channels,
     line_tile,
 )
 
@@ -48,7 +50,7 @@ def affine_relu_lines(
     )
     z = tl.load(z_ptr + base + offset, mask=inside, other=0.0)
     y = as_lines(z.to(WIDE), LINES, WIDTH, FLAT)
-    channel = row % channels
+    channel = line_channels(row, channels, LINES, SPLIT)
     if scale_ptr is not None:
         y = y * tl.load(scale_ptr + channel, mask=is_line, other=0.0)[:, None]
     if shift_ptr is not None:
@@ -109,6 +111,7 @@ def affine_relu(
     """Writes y. z, residual and y lie alike: contiguous, or channels-last where `last`."""
     n, c = z.shape[:2]
     positions = z.shape[2:].numel()
+    last = by_columns(last, positions, c)
     wide = tl.float64 if z.dtype == torch.float64 else tl.float32
     bounds = {"LOWER": lower, "UPPER": upper, "WIDE": wide}
 

@@ -20,9 +20,11 @@ from attrfast.kernels.partials import add_partials
 from attrfast.kernels.tiles import (
     as_lines,
     as_stored,
+    by_columns,
     column_place,
     cut_columns,
     cut_lines,
+    line_channels,
     line_tile,
     passed,
     tree_columns,
@@ -70,7 +72,8 @@ def backward_lines(
     if g1_ptr is not None:
         tl.store(g1_ptr + base + offset, g1.to(g1_ptr.dtype.element_ty), mask=inside)
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + row % channels, mask=is_line, other=0.0)[:, None]
+        channel = line_channels(row, channels, LINES, SPLIT)
+        scale = tl.load(scale_ptr + channel, mask=is_line, other=0.0)[:, None]
         g1 = as_stored(as_lines(g1, LINES, WIDTH, FLAT) * scale, LINES, WIDTH, FLAT)
     tl.store(gz_ptr + base + offset, g1.to(gz_ptr.dtype.element_ty), mask=inside)
     if ATTRIBUTE != 0:
@@ -151,6 +154,7 @@ def affine_relu_backward(
     """
     n, c = a.shape[:2]
     positions = a.shape[2:].numel()
+    last = by_columns(last, positions, c)
     lines, columns = cut_lines(n * c, positions), cut_columns(n, positions, c)
     pieces = columns.pieces if last else lines.pieces
     sums = (

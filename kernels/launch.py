@@ -11,7 +11,8 @@ how many bytes are under way: 16 elements a thread are 4 loads of 16 bytes from 
 import functools
 import logging
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,31 @@ def interpreted() -> bool:
     return not isinstance(_nothing, triton.JITFunction)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One start of a kernel, as it was asked for."""
+
+    kernel: Any
+    programs: int
+    warps: int
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches are noted in a list, and not made: for reports about what would run."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
 def launch(
     kernel: Any, programs: int, warps: int, args: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
@@ -55,13 +81,19 @@ def launch(
     Products are not contracted with additions into fused multiply-adds: which of them could be depends
     on the configuration, and with it the last bit of a sum.
     """
-    if programs:
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, programs, warps, args, constants))
+    elif programs:
         kernel[(programs,)](*args, **constants, num_warps=warps, enable_fp_fusion=False)
 
 
-def scaled(config: Config, dtype: torch.dtype) -> Config:
-    """Half as many elements in float64, which takes twice the registers."""
-    return Config(config.elements // 2, config.warps) if dtype == torch.float64 else config
+def scaled(config: Config, dtype: torch.dtype, heavier: int = 1) -> Config:
+    """Fewer elements where each takes more registers: half as many in float64.
+
+    Args:
+        heavier: how much more than in an element-wise kernel.
+    """
+    return Config(config.elements // (2 * heavier if dtype == torch.float64 else heavier), config.warps)
 
 
 def bucket(count: int) -> int:

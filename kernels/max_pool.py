@@ -20,7 +20,16 @@ import triton
 import triton.language as tl
 
 from attrfast.kernels.launch import Config, bucket, launch, scaled, tuned
-from attrfast.kernels.tiles import clamped, column_place, cut_columns, cut_lines, line_tile
+from attrfast.kernels.tiles import (
+    PIECE,
+    clamped,
+    column_place,
+    cut_columns,
+    cut_lines,
+    line_channels,
+    line_rows,
+    line_tile,
+)
 
 Tensor = torch.Tensor
 UNROLLED = 9  # windows of no more places are unrolled
@@ -52,10 +61,9 @@ class Pool:
         (kh, kw), (sy, sx), (py, px) = self.kernel, self.stride, self.padding
         return {"KH": kh, "KW": kw, "SY": sy, "SX": sx, "PY": py, "PX": px}
 
-    @property
-    def big(self) -> bool:
-        """Whether places in a plane take 64 bits."""
-        return self.h * self.w >= 1 << 31 or self.rows * self.columns >= 1 << 31
+    def big(self, planes: int) -> bool:
+        """Whether places in so many planes take 64 bits, with room for what is added to them."""
+        return planes * max(self.h * self.w, self.rows * self.columns) >= 1 << 30
 
 
 @triton.jit
@@ -110,14 +118,15 @@ def max_pool_pairs(
     base, offset, inside, row, _line, is_line, first = line_tile(
         row_units, units, ROW_UNIT, UNIT, LINES, WIDTH, SPLIT, False
     )
+    channel = line_channels(row, channels, LINES, SPLIT)
     scale, shift = None, None
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + row % channels, mask=is_line, other=0.0)[:, None]
+        scale = tl.load(scale_ptr + channel, mask=is_line, other=0.0)[:, None]
     if shift_ptr is not None:
-        shift = tl.load(shift_ptr + row % channels, mask=is_line, other=0.0)[:, None]
+        shift = tl.load(shift_ptr + channel, mask=is_line, other=0.0)[:, None]
     w = w_units * W_UNIT
-    twice, is_input = pair_places(row, is_line, units * UNIT, w, first, LINES, WIDTH, SPLIT, BIG)
-    start = row[:, None] * h * w
+    twice, is_input = pair_places(is_line, units * UNIT, w, first, LINES, WIDTH, SPLIT, BIG)
+    start = line_rows(row, LINES, SPLIT)[:, None] * h * w
     best = tl.full([LINES, WIDTH], float("-inf"), WIDE)
     code = tl.zeros([LINES, WIDTH], tl.int32)
     for ky in tl.static_range(2):
@@ -131,7 +140,6 @@ def max_pool_pairs(
 
 @triton.jit
 def pair_places(
-    row,
     is_line,
     windows,
     w,
@@ -187,15 +195,16 @@ def max_pool_lines(
     base, offset, inside, row, _line, is_line, first = line_tile(
         row_units, units, ROW_UNIT, UNIT, LINES, WIDTH, SPLIT, False
     )
+    channel = line_channels(row, channels, LINES, SPLIT)
     scale, shift = None, None
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + row % channels, mask=is_line, other=0.0)[:, None]
+        scale = tl.load(scale_ptr + channel, mask=is_line, other=0.0)[:, None]
     if shift_ptr is not None:
-        shift = tl.load(shift_ptr + row % channels, mask=is_line, other=0.0)[:, None]
+        shift = tl.load(shift_ptr + channel, mask=is_line, other=0.0)[:, None]
     place = place_in_row(first, offset, WIDTH, SPLIT, BIG)
     top = (place // columns) * SY - PY
     left = (place % columns) * SX - PX
-    start = row[:, None] * h * w
+    start = line_rows(row, LINES, SPLIT)[:, None] * h * w
     best = tl.full([LINES, WIDTH], float("-inf"), WIDE)
     # Where all are -inf none wins: the code is that of the first place inside the input.
     code = (tl.maximum(-top, 0) * KW + tl.maximum(-left, 0) + tl.zeros([LINES, WIDTH], tl.int32)).to(
@@ -231,6 +240,7 @@ def max_pool_columns(
     PY: tl.constexpr,
     PX: tl.constexpr,
     UNROLL: tl.constexpr,
+    BIG: tl.constexpr,
     LOWER: tl.constexpr,
     UPPER: tl.constexpr,
     WIDE: tl.constexpr,
@@ -242,6 +252,8 @@ def max_pool_columns(
     _, piece, c0 = column_place(tl.cdiv(positions.to(tl.int64), HEIGHT), blocks, WIDTH)
     channels = units.to(tl.int64) * UNIT
     window = piece * HEIGHT + tl.arange(0, HEIGHT)
+    if not BIG:
+        window = window.to(tl.int32)
     c = tl.arange(0, WIDTH)
     is_channel = c < channels - c0
     inside = (window < positions)[:, None] & is_channel[None, :]
@@ -259,10 +271,11 @@ def max_pool_columns(
     for k in tl.range(KH * KW, loop_unroll_factor=UNROLL):
         iy, ix = top + k // KW, left + k % KW
         taken = inside & ((iy >= 0) & (iy < h) & (ix >= 0) & (ix < w))[:, None]
-        offset = ((start + iy) * w + ix)[:, None] * channels + c0 + c[None, :]
+        pixel = ((start + iy) * w + ix).to(tl.int64)
+        offset = pixel[:, None] * channels + c0 + c[None, :]
         z = tl.load(z_ptr + offset, mask=taken, other=0.0).to(WIDE)
         best, code = winner(best, code, affine(z, scale, shift, LOWER, UPPER), k, taken)
-    offset = window[:, None] * channels + c0 + c[None, :]
+    offset = window.to(tl.int64)[:, None] * channels + c0 + c[None, :]
     tl.store(p_ptr + offset, best.to(p_ptr.dtype.element_ty), mask=inside)
     tl.store(code_ptr + offset, code.to(tl.uint8), mask=inside)
 
@@ -290,7 +303,7 @@ def affine_relu_max_pool(
     window = {**pool.constants(), "UNROLL": unroll if unroll <= UNROLLED else 1}
 
     def run(config: Config, p: Tensor, code: Tensor) -> None:
-        config = scaled(config, z.dtype)
+        config = scaled(config, z.dtype, 2 if pool.pairs or last else 4)
         pointers = z, scale, shift, p, code
         size = pool.h, pool.w, pool.rows, pool.columns
         if last:
@@ -303,11 +316,18 @@ def affine_relu_max_pool(
                 -(-n * windows // height) * blocks,
                 config.warps,
                 (*pointers, n * windows, c // columns.unit, blocks, *size),
-                {**chosen, **window, "UNIT": columns.unit, "HEIGHT": height, "WIDTH": width},
+                {
+                    **chosen,
+                    **window,
+                    "BIG": pool.big(n),
+                    "UNIT": columns.unit,
+                    "HEIGHT": height,
+                    "WIDTH": width,
+                },
             )
             return
-        lines = cut_lines(n * c, windows)
-        constants = {**chosen, **lines.constants(config.elements), "BIG": pool.big}
+        lines = cut_lines(n * c, windows, PIECE)
+        constants = {**chosen, **lines.constants(config.elements), "BIG": pool.big(1)}
         del constants["FLAT"]
         numbers: tuple[int, ...] = (lines.rows // lines.row_unit, windows // lines.unit, c, pool.h)
         if pool.pairs:

@@ -23,9 +23,12 @@ from attrfast.kernels.launch import Config, bucket, launch, scaled, tuned
 from attrfast.kernels.max_pool import UNROLLED, Pool, pair_places, place_in_row, power_in
 from attrfast.kernels.partials import add_partials
 from attrfast.kernels.tiles import (
+    PIECE,
     column_place,
     cut_columns,
     cut_lines,
+    line_channels,
+    line_rows,
     line_tile,
     passed,
     tree_columns,
@@ -75,14 +78,15 @@ def pool_backward_pairs(
     )
     scale = None
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + row % channels, mask=is_line, other=0.0)[:, None]
+        channel = line_channels(row, channels, LINES, SPLIT)
+        scale = tl.load(scale_ptr + channel, mask=is_line, other=0.0)[:, None]
     p = tl.load(p_ptr + base + offset, mask=inside, other=0.0).to(WIDE)
     g = tl.load(g_ptr + base + offset, mask=inside, other=0.0).to(WIDE)
     code = tl.load(code_ptr + base + offset, mask=inside, other=0).to(tl.int32)
     g1 = passed(p, g, LOWER, UPPER, False)
     w = w_units * W_UNIT
-    twice, is_input = pair_places(row, is_line, units * UNIT, w, first, LINES, WIDTH, SPLIT, BIG)
-    start = row[:, None] * h * w
+    twice, is_input = pair_places(is_line, units * UNIT, w, first, LINES, WIDTH, SPLIT, BIG)
+    start = line_rows(row, LINES, SPLIT)[:, None] * h * w
     for ky in tl.static_range(2):
         even = ruled(tl.where(code == 2 * ky, g1, 0.0), scale, GUIDED)
         odd = ruled(tl.where(code == 2 * ky + 1, g1, 0.0), scale, GUIDED)
@@ -132,10 +136,11 @@ def pool_backward_lines(
     )
     scale = None
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + row % channels, mask=is_line, other=0.0)[:, None]
+        channel = line_channels(row, channels, LINES, SPLIT)
+        scale = tl.load(scale_ptr + channel, mask=is_line, other=0.0)[:, None]
     place = place_in_row(first, offset, WIDTH, SPLIT, BIG)
     up, along = place // w + PY, place % w + PX
-    start = row[:, None] * rows * columns
+    start = line_rows(row, LINES, SPLIT)[:, None] * rows * columns
     total = tl.zeros([LINES, WIDTH], WIDE)
     flow = tl.zeros([LINES, WIDTH], WIDE)
     OVER: tl.constexpr = (KW + SX - 1) // SX  # windows over a place, along a row
@@ -180,6 +185,7 @@ def pool_backward_columns(
     PY: tl.constexpr,
     PX: tl.constexpr,
     UNROLL: tl.constexpr,
+    BIG: tl.constexpr,
     LOWER: tl.constexpr,
     UPPER: tl.constexpr,
     GUIDED: tl.constexpr,
@@ -203,6 +209,8 @@ def pool_backward_columns(
     OVER: tl.constexpr = (KW + SX - 1) // SX
     for step in range(STEPS):
         place = (piece * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
+        if not BIG:
+            place = place.to(tl.int32)
         inside = (place < positions)[:, None] & is_channel[None, :]
         up, along = place // w + PY, place % w + PX
         total = tl.zeros([HEIGHT, WIDTH], WIDE)
@@ -211,7 +219,8 @@ def pool_backward_columns(
             ky, kx = up - oy * SY, along - ox * SX
             over = (oy >= 0) & (oy < rows) & (ky < KH) & (ox >= 0) & (ox < columns) & (kx < KW)
             over = over[:, None] & inside
-            at = ((sample * rows + oy) * columns + ox)[:, None] * channels + c0 + c[None, :]
+            window = sample * rows * columns + (oy * columns + ox)
+            at = window[:, None] * channels + c0 + c[None, :]
             p = tl.load(p_ptr + at, mask=over, other=0.0).to(WIDE)
             g = tl.load(g_ptr + at, mask=over, other=0.0).to(WIDE)
             code = tl.load(code_ptr + at, mask=over, other=255).to(tl.int32)
@@ -307,7 +316,7 @@ def affine_relu_max_pool_backward(
     tiling = pool.tiles and pool.kernel[0] * pool.kernel[1] <= UNROLLED
     by_window = tiling if last else pool.pairs
     positions = pool.rows * pool.columns if by_window else pool.h * pool.w
-    lines, columns = cut_lines(n * c, positions), cut_columns(n, positions, c)
+    lines, columns = cut_lines(n * c, positions, PIECE), cut_columns(n, positions, c)
     pieces = columns.pieces if last else lines.pieces
     sums = s
     if attribute and pieces > 1:
@@ -324,7 +333,7 @@ def affine_relu_max_pool_backward(
     window = {**pool.constants(), "UNROLL": unroll}
 
     def run(config: Config, gz: Tensor) -> None:
-        config = scaled(config, p.dtype)
+        config = scaled(config, p.dtype, 2 if by_window or last else 4)
         pointers = p, code, g, scale, gz, sums
         size: tuple[int, ...] = (pool.w, pool.rows, pool.columns)
         constants = dict(chosen)
@@ -337,10 +346,10 @@ def affine_relu_max_pool_backward(
                 constants |= {"KH": pool.kernel[0], "KW": pool.kernel[1]}
             else:
                 kernel = pool_backward_columns
-                constants |= window
+                constants |= {**window, "BIG": pool.big(1)}
             launch(kernel, programs, config.warps, (*pointers, *numbers, *size), constants)
             return
-        constants |= {**lines.constants(config.elements), "BIG": pool.big, "LOG": lines.log()}
+        constants |= {**lines.constants(config.elements), "BIG": pool.big(1), "LOG": lines.log()}
         del constants["FLAT"]
         if by_window:
             unit = power_in(pool.w)

@@ -13,7 +13,7 @@ import triton.language as tl
 from attrfast.kernels.launch import launch
 from attrfast.kernels.tiles import power_of_two, tree_lines
 
-OUTPUTS = 64
+TILE = 1024
 
 
 @triton.jit(do_not_specialize=["count", "pieces", "inner"])
@@ -44,10 +44,11 @@ def partials_kernel(
 def add_partials(partial: torch.Tensor, s: torch.Tensor, pieces: int, inner: int) -> None:
     """Writes into s (outer * inner elements) the sums of partial (outer, pieces, inner)."""
     side = min(64, power_of_two(pieces))
+    outputs = TILE // side
     launch(
         partials_kernel,
-        -(-s.numel() // OUTPUTS),
+        -(-s.numel() // outputs),
         4,
         (partial, s, s.numel(), pieces, inner),
-        {"OUTPUTS": OUTPUTS, "SIDE": side, "LOG": side.bit_length() - 1},
+        {"OUTPUTS": outputs, "SIDE": side, "LOG": side.bit_length() - 1},
     )

@@ -55,7 +55,7 @@ def segment_normalize_kernel(
             sums += unit * unit if KIND == 0 else tl.abs(unit)
         total = tl.sum(tree_lines(tl.reshape(sums, [1, BLOCK]), 1, BLOCK, LOG), 0)
         if KIND == 0:
-            size = tl.sqrt_rn(total)
+            size = root(total)
         else:
             size = divided(total, (stop - start).to(WIDE))
     size = tl.where(largest == 0, 1.0, size).to(WIDE)
@@ -70,6 +70,12 @@ def segment_normalize_kernel(
 def divided(x, y):
     """x / y, rounded as IEEE 754 says (a plain `/` in float32 is off by up to two units)."""
     return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+
+
+@triton.jit
+def root(x):
+    """Likewise."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
 def segment_normalize(theta: Tensor, offsets: Tensor, kind: str) -> Tensor:

@@ -47,6 +47,7 @@ class Lines:
         pieces: lines in a row.
         unit: a power of two that divides `positions`: tells the compiler how rows are aligned.
         row_unit: one that divides `rows`, where lines lie without gaps: how the tensor ends.
+        split: whether a row may be several lines.
     """
 
     rows: int
@@ -55,10 +56,7 @@ class Lines:
     pieces: int
     unit: int
     row_unit: int
-
-    @property
-    def split(self) -> bool:
-        return self.positions > LONGEST
+    split: bool
 
     @property
     def flat(self) -> bool:
@@ -90,12 +88,13 @@ class Lines:
         return self.width.bit_length() - 1
 
 
-def cut_lines(rows: int, positions: int) -> Lines:
-    split = positions > LONGEST
+def cut_lines(rows: int, positions: int, longest: int = LONGEST) -> Lines:
+    """Rows of more than `longest` positions are split into pieces."""
+    split = positions > longest
     width = PIECE if split else power_of_two(positions)
     pieces = -(-positions // width) if split else 1
     row_unit = math.gcd(rows, 16) if positions == width and not split else 1
-    return Lines(rows, positions, width, pieces, math.gcd(positions, 16), row_unit)
+    return Lines(rows, positions, width, pieces, math.gcd(positions, 16), row_unit, split)
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,12 @@ def cut_columns(samples: int, positions: int, channels: int) -> Columns:
     return Columns(samples, positions, channels, height, steps, pieces, math.gcd(channels, 16))
 
 
+def by_columns(last: bool, positions: int, channels: int) -> bool:
+    """Whether a tensor is cut into columns: a channels-last one, and one of single positions, which lies
+    like one and has a scale for every element of a line."""
+    return last or (positions == 1 and channels >= 256)
+
+
 def power_of_two(count: int) -> int:
     """The smallest that is not below count."""
     return 1 << max(0, count - 1).bit_length()
@@ -178,7 +183,7 @@ def line_tile(
             units * UNIT positions.
         offset, inside: what is added to it, and whether that is an element; of shape (LINES, WIDTH), or
             (LINES * WIDTH,) where FLAT.
-        row: (LINES,) the row of each line.
+        row: 64-bit, the row of the first line.
         line, is_line: (LINES,) where its sum goes, and whether it is one.
         first: place in its row of the first element, 0 where rows are not split.
     """
@@ -195,12 +200,12 @@ def line_tile(
         base = of_row * length + first
         offset = index[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         inside = offset < length - first
-        row = tl.zeros([LINES], tl.int64) + of_row
+        row = of_row
         line = of_row * pieces + piece + index
         is_line = index < pieces - piece
     else:
         line = pid * LINES + index
-        row = line
+        row = pid * LINES
         left = row_units.to(tl.int64) * ROW_UNIT - pid * LINES
         is_line = index < left
         first = pid * 0
@@ -213,6 +218,19 @@ def line_tile(
             offset = index[:, None] * length.to(tl.int32) + place
             inside = (index[:, None] < left) & (place < length.to(tl.int32))
     return base, offset, inside, row, line, is_line, first
+
+
+@triton.jit
+def line_rows(row, LINES: tl.constexpr, SPLIT: tl.constexpr):
+    """(LINES,) 64-bit, the row of each line of a tile."""
+    return row + tl.arange(0, LINES) * (0 if SPLIT else 1)
+
+
+@triton.jit
+def line_channels(row, channels, LINES: tl.constexpr, SPLIT: tl.constexpr):
+    """(LINES,) the channel of each line of a tile; one 64-bit division for all of them."""
+    first = (row % channels).to(tl.int32)
+    return (first + tl.arange(0, LINES) * (0 if SPLIT else 1)) % channels.to(tl.int32)
 
 
 @triton.jit

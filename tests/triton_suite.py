@@ -228,8 +228,9 @@ def test_the_cut_covers_every_element_once(positions: int, elements: int) -> Non
 
 
 @pytest.mark.parametrize("kind", ["l2", "mean", "max"])
-def test_a_segment_longer_than_a_block(kind: str) -> None:
-    theta = torch.randn(4600, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_segment_longer_than_a_block(dtype: torch.dtype, kind: str) -> None:
+    theta = torch.randn(4600, generator=torch.Generator().manual_seed(0)).to(dtype)
     offsets = torch.tensor([0, 1024, 1024, 4500, 4600])
     got = ops.segment_normalize(theta, offsets, kind)
     want = reference.segment_normalize(theta.double(), offsets, kind)
