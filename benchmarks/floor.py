@@ -1,0 +1,77 @@
+"""The floor: what a network's convolutions cost alone, which no importance pass can do without.
+
+Every convolution call of one recorded forward pass runs again on tensors that exist already: forward,
+and the gradient for its input. No weight gradient, and none for the network's own input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.networks import Batches
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A call `torch.convolution(x, weight, bias, *rest)`, and a gradient for what it made."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    rest: tuple[Any, ...]  # stride, padding, dilation, transposed, output_padding, groups
+    g: torch.Tensor
+    first: bool
+
+    def forward(self) -> None:
+        torch.convolution(self.x, self.weight, self.bias, *self.rest)
+
+    def backward(self) -> None:
+        torch.ops.aten.convolution_backward(
+            self.g, self.x, self.weight, None, *self.rest, [True, False, False]
+        )
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every convolution that runs."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        super().__init__()
+        self.images = images
+        self.calls: list[_Convolution] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            x, weight, bias, *rest = args
+            first = x.data_ptr() == self.images.data_ptr()
+            self.calls.append(
+                _Convolution(x, weight.detach(), bias, tuple(rest), torch.randn_like(out), first)
+            )
+        return out
+
+
+def prepare(model: nn.Module, batches: Batches) -> Callable[[], None]:
+    """Records the convolutions; what comes back runs all of them, once for each batch."""
+    images = batches[0][0]
+    recorder = _Recorder(images)
+    with torch.no_grad(), recorder:
+        model(images)
+
+    @torch.no_grad()
+    def run() -> None:
+        for _ in batches:
+            for call in recorder.calls:
+                call.forward()
+            for call in reversed(recorder.calls):
+                if not call.first:
+                    call.backward()
+
+    return run

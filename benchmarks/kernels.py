@@ -1,0 +1,277 @@
+"""attrfast's CPU kernels, each beside what it replaces in PyTorch and beside a copy of the same bytes.
+
+A copy moves as many bytes as the kernel must at least: every input read once, every output written once.
+In-place kernels work on the same memory again and again, which changes none of their cost. Ops that make
+new tensors get new pages from the operating system in every call, as with glibc every tensor above 32 MB
+does: what they cost then is largely that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import fresh, machine, timing
+from benchmarks.networks import FORMATS
+from benchmarks.quiet import Clock
+
+SHAPE = (16, 64, 112, 112)
+OURS, COPY = "attrfast", "copy of the same bytes"
+RELU_BACKWARD = "ReLU backward with attribution, in place"
+THRESHOLD, THRESHOLD_THEN_SUM = "threshold_backward", "threshold_backward, (a*g).sum"
+INF = float("inf")
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel and what it is compared with.
+
+    Attributes:
+        op: what it does.
+        bytes: that it must move at least.
+        ours: one launch.
+        peers: the same by PyTorch's eager ops, or a part of it, by name.
+    """
+
+    op: str
+    bytes: int
+    ours: Callable[[], object]
+    peers: dict[str, Callable[[], object]]
+
+
+def cases(layout: str, shape: tuple[int, int, int, int] = SHAPE) -> list[Case]:
+    """The kernels on fp32 tensors of one shape and memory format."""
+    from attrfast import ops
+
+    backend = ops.backend_for(torch.device("cpu"))
+    torch.manual_seed(0)
+
+    def new(*size: int) -> torch.Tensor:
+        return torch.randn(size).to(memory_format=FORMATS[layout])
+
+    channels = shape[1]
+    z, residual = new(*shape), new(*shape)
+    a, g = new(*shape).relu_(), new(*shape)
+    # In place again and again: below one, so that values neither grow nor vanish.
+    scale, shift = torch.full((channels,), 0.5), torch.full((channels,), 0.1)
+    mean, var = torch.zeros(channels), torch.full((channels,), 4.0)
+    whole = z.nbytes
+    given = torch.empty_like(g)
+
+    def norm() -> torch.Tensor:
+        return nn.functional.batch_norm(z, mean, var, None, shift, False, 0.0, 0.0)
+
+    def multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x * y).sum((2, 3))
+
+    affine = Case(
+        "BN and ReLU, in place",
+        2 * whole,
+        lambda: backend.affine_relu_(z, scale, shift, None, 0.0, INF),
+        {"batch_norm, relu_": lambda: norm().relu_(), "relu_ alone": z.clone().relu_},
+    )
+    addition = Case(
+        "BN, addition and ReLU, in place",
+        3 * whole,
+        lambda: backend.affine_relu_(z, scale, shift, residual, 0.0, INF),
+        {"batch_norm, add_, relu_": lambda: norm().add_(residual).relu_()},
+    )
+    backward = Case(
+        RELU_BACKWARD,
+        3 * whole,
+        lambda: backend.affine_relu_backward_(a, g, None, 0.0, INF, False, True),
+        {
+            THRESHOLD: lambda: aten.threshold_backward(g, a, 0),
+            "threshold_backward into given memory": lambda: aten.threshold_backward.grad_input(
+                g, a, 0, grad_input=given
+            ),
+            THRESHOLD_THEN_SUM: lambda: (aten.threshold_backward(g, a, 0), multiply(a, g)),
+        },
+    )
+    backward_new = Case(
+        "the same into new memory",
+        3 * whole,
+        lambda: backend.affine_relu_backward(a, g, None, 0.0, INF, False, True),
+        {THRESHOLD_THEN_SUM: lambda: (aten.threshold_backward(g, a, 0), multiply(a, g))},
+    )
+    branches = Case(
+        "backward of BN, addition and ReLU, with attribution",
+        4 * whole,
+        lambda: backend.affine_add_relu_backward_(a, g, None, scale, 0.0, INF, False, 1),
+        {
+            "threshold_backward, (a*g).sum, mul": lambda: (
+                aten.threshold_backward(g, a, 0) * scale[:, None, None],
+                multiply(a, g),
+            )
+        },
+    )
+    alone = Case(
+        "attribution alone",
+        2 * whole,
+        lambda: backend.attribution(z, g, False),
+        {
+            "(x*g).sum": lambda: multiply(z, g),
+            "einsum": lambda: torch.einsum("nchw,nchw->nc", z, g),
+        },
+    )
+    found = [affine, addition, backward, backward_new, branches, alone]
+    for title, k, s, pad in (("2×2", 2, 2, 0), ("3×3 step 2", 3, 2, 1)):
+        found += _pools(backend, title, [k, k], [s, s], [pad, pad], z, a, new, norm, scale, shift)
+    return found
+
+
+def _pools(
+    backend: Any,
+    title: str,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    z: torch.Tensor,
+    a: torch.Tensor,
+    new: Callable[..., torch.Tensor],
+    norm: Callable[[], torch.Tensor],
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+) -> list[Case]:
+    """BN, ReLU and max-pooling as one, forward and backward."""
+    args = (kernel, stride, padding)
+    p, code = backend.affine_relu_max_pool(z, scale, shift, *args, False, 0.0, INF)
+    g = new(*p.shape)
+    _, indices = aten.max_pool2d_with_indices(a, *args)
+    size = list(z.shape[2:])
+
+    def eager() -> object:
+        whole = aten.max_pool2d_with_indices_backward(g, a, *args, [1, 1], False, indices)
+        return aten.threshold_backward(whole, a, 0), (p * g).sum((2, 3))
+
+    return [
+        Case(
+            f"BN, ReLU and max-pool {title}",
+            z.nbytes + p.nbytes + code.nbytes,
+            lambda: backend.affine_relu_max_pool(z, scale, shift, *args, False, 0.0, INF),
+            {
+                "batch_norm, relu_, max_pool2d": lambda: aten.max_pool2d_with_indices(
+                    norm().relu_(), *args
+                )
+            },
+        ),
+        Case(
+            f"backward of ReLU and max-pool {title}, with attribution",
+            z.nbytes + 2 * p.nbytes + code.nbytes,
+            lambda: backend.affine_relu_max_pool_backward(
+                p, code, g, None, size, *args, 0.0, INF, False, True
+            ),
+            {"max_pool2d backward, threshold_backward, (p*g).sum": eager},
+        ),
+    ]
+
+
+def copy_of(count: int) -> Callable[[], object]:
+    """Copies half of `count` bytes: half read, half written."""
+    source = torch.zeros(count // 8)
+    target = torch.empty_like(source).fill_(1.0)
+    return lambda: target.copy_(source)
+
+
+def measure_alone(**options: Any) -> dict[str, Any]:
+    """`measure` in a fresh process in which every new tensor gets new pages."""
+    return dict(fresh.call(_with_new_pages, **options))
+
+
+def _with_new_pages(**options: Any) -> dict[str, Any]:
+    # Otherwise the allocator does so for some calls and not for others, by what was freed before.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    return measure(**options)
+
+
+@torch.no_grad()
+def measure(
+    *,
+    rounds: int,
+    patience: float,
+    shape: tuple[int, int, int, int] = SHAPE,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Seconds of every kernel, its peers and the copy, in both memory formats."""
+    torch.set_num_threads(machine.THREADS)
+    about = machine.facts()
+    clock = Clock(patience)
+    rows, others = [], 0.0
+    for layout in FORMATS:
+        say(f"kernels, {layout}")
+        for case in cases(layout, shape):
+            runs = {OURS: case.ours, COPY: copy_of(case.bytes), **case.peers}
+            seconds, worst = _time(runs, rounds, clock)
+            others = max(others, worst)
+            rows.append(
+                {
+                    "op": case.op,
+                    "format": layout,
+                    "bytes": case.bytes,
+                    "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+                    "ratios": {name: timing.ratio(seconds, OURS, name) for name in (COPY, *case.peers)},
+                }
+            )
+    return {
+        "machine": about,
+        "shape": list(shape),
+        "rounds": rounds,
+        "others": others,
+        "cases": rows,
+        "targets": _targets(rows),
+    }
+
+
+def _time(runs: timing.Runs, rounds: int, clock: Clock) -> tuple[dict[str, list[float]], float]:
+    """Like `timing.interleaved`, but a round as a whole is repeated when others disturb it."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    latest: dict[str, float] = {}
+    worst = 0.0
+
+    def once() -> None:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            latest[name] = time.perf_counter() - start
+
+    once()
+    for _ in range(rounds):
+        _, others = clock.time(once, lambda: None)
+        worst = max(worst, others)
+        for name, taken in latest.items():
+            seconds[name].append(taken)
+    return seconds, worst
+
+
+def _targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the fused ReLU backward: attrfast's time must not be above `limit` times the peer's."""
+    out = []
+    for row in rows:
+        if row["op"] != RELU_BACKWARD:
+            continue
+        for against, limit in ((THRESHOLD, 0.6), (THRESHOLD_THEN_SUM, 0.25)):
+            found = row["ratios"][against]
+            verdict = "held" if found <= limit else "missed"
+            out.append(
+                {
+                    "quantity": f"time, {row['format']}",
+                    "against": against,
+                    "limit": limit,
+                    "ratio": found,
+                    "verdict": verdict,
+                }
+            )
+    return out

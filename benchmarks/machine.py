@@ -1,0 +1,76 @@
+"""Facts about the machine and the versions, which stand beside every figure."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+THREADS = 2
+
+
+def facts() -> dict[str, str | int]:
+    """Processor, threads, versions and the instruction set that attrfast's kernels use."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "instruction_set": _instruction_set(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "captum", "torch-pruning", "attrfast")},
+        "commit": _commit(),
+        "day": time.strftime("%Y-%m-%d"),
+        "load_before": f"{os.getloadavg()[0]:.2f}",
+    }
+
+
+def one_line(about: dict[str, str | int]) -> str:
+    """The facts that a reader of a table needs."""
+    return (
+        f"{about['processor']} ({about['cores']} cores), {about['threads']} threads, "
+        f"{about['instruction_set']} kernels, torch {about['torch']}, captum {about['captum']}, "
+        f"torch-pruning {about['torch-pruning']}, attrfast at {about['commit']}, {about['day']}, "
+        f"load average {about['load_before']} at the start"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _instruction_set() -> str:
+    from attrfast import ops
+
+    if ops.backend_for(torch.device("cpu")).name != "cpu":
+        return "no native"
+    from attrfast import _native
+
+    return str(_native.isa())
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit that was measured; `-dirty` where tracked files had changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        here = Path(__file__).parent
+        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown commit"
+    return found.stdout.strip()

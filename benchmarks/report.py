@@ -1,0 +1,159 @@
+"""Results as tables: in the terminal, and as Markdown in `benchmarks/results/README.md`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import kernels, machine, passes
+from benchmarks.quiet import LIMIT
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Sheet:
+    """One table: a title, what stands above the columns, and rows of text."""
+
+    title: str
+    columns: Sequence[str]
+    notes: list[str] = field(default_factory=list)
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result file, or an empty one where there is none yet."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(name: str, content: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def pass_sheets(result: dict[str, Any]) -> list[Sheet]:
+    """Time, memory and targets of one network."""
+    rows = result["contenders"]
+    sheet = Sheet(
+        f"{result['label']}: one pass of 4 batches",
+        ["", "format", "time", "× floor", "× bare", "× captum", "peak memory", "× hooks", "× bare"],
+        [
+            f"{result['rounds']} interleaved rounds, {result['repeats']} processes for each peak. "
+            + _disturbed(result["others"]),
+            machine.one_line(result["machine"]),
+        ],
+    )
+    for name, row in rows.items():
+        size = row["bytes"]
+        sheet.rows.append(
+            [
+                name,
+                row["format"],
+                f"{row['seconds']:.2f} s",
+                *(_number(passes.time_ratio(rows, name, base)) for base in ("floor", "bare", "captum")),
+                "" if size is None else f"{size / 1e6:.0f} MB",
+                *(_number(passes.memory_ratio(rows, name, base)) for base in ("hooks", "bare")),
+            ]
+        )
+    return [sheet, _target_sheet(f"{result['label']}: targets of attrfast", result["targets"])]
+
+
+def kernel_sheets(result: dict[str, Any]) -> list[Sheet]:
+    """Every kernel beside its peers, and the targets."""
+    size = "×".join(map(str, result["shape"]))
+    sheet = Sheet(
+        f"Kernels on {size}, fp32",
+        ["", "format", "attrfast", "× copy", "PyTorch", "", "attrfast / PyTorch"],
+        [
+            f"{result['rounds']} interleaved rounds. “× copy”: beside a copy of the same bytes. "
+            + _disturbed(result["others"]),
+            machine.one_line(result["machine"]),
+        ],
+    )
+    for case in result["cases"]:
+        seconds, ratios = case["seconds"], case["ratios"]
+        start = [
+            case["op"],
+            case["format"],
+            _milli(seconds[kernels.OURS]),
+            _number(ratios[kernels.COPY]),
+        ]
+        for peer in seconds:
+            if peer not in (kernels.OURS, kernels.COPY):
+                sheet.rows.append([*start, peer, _milli(seconds[peer]), _number(ratios[peer])])
+                start = ["", "", "", ""]
+    return [sheet, _target_sheet("Kernels: targets of attrfast", result["targets"])]
+
+
+def _disturbed(others: float) -> str:
+    text = f"Other processes used at most {others:.0%} of the machine during a run"
+    return f"{text}: too much, the times say little." if others > LIMIT else f"{text}."
+
+
+def _target_sheet(title: str, targets: list[dict[str, Any]]) -> Sheet:
+    sheet = Sheet(title, ["", "against", "at most", "found", ""])
+    for target in targets:
+        limit, found = f"× {target['limit']:.2f}", _number(target["ratio"])
+        row = [target["quantity"], target["against"], limit, found, target["verdict"]]
+        sheet.rows.append(row)
+    return sheet
+
+
+def show(sheets: list[Sheet]) -> None:
+    """Prints tables in the terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    for sheet in sheets:
+        table = Table(title=sheet.title, title_justify="left", title_style="bold")
+        for index, column in enumerate(sheet.columns):
+            table.add_column(column, justify="right" if _numeric(sheet, index) else "left")
+        for row in sheet.rows:
+            table.add_row(*row)
+        console.print()
+        console.print(table)
+        for note in sheet.notes:
+            console.print(note, style="dim")
+
+
+def say(what: str) -> None:
+    """Prints a line on what goes on."""
+    Console(stderr=True).print(what, style="dim")
+
+
+def write_markdown(sheets: list[Sheet]) -> None:
+    """Writes all tables to `results/README.md`."""
+    parts = [
+        "# Latest figures\n",
+        "Written by `make bench` (`python -m benchmarks`); [what is measured, and how](../README.md). "
+        "Every ratio is the median of ratios within a round, so it may differ a little from the ratio "
+        "of the medians beside it.\n",
+        "![time and memory of a pass](passes.png)\n",
+    ]
+    for sheet in sheets:
+        parts.append(f"## {sheet.title}\n")
+        parts += [f"{note}\n" for note in sheet.notes]
+        marks = ["--:" if _numeric(sheet, i) else "---" for i in range(len(sheet.columns))]
+        lines = [sheet.columns, marks, *sheet.rows]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    (RESULTS / "README.md").write_text("\n".join(parts))
+
+
+def _numeric(sheet: Sheet, column: int) -> bool:
+    cells = [row[column] for row in sheet.rows if row[column]]
+    return bool(cells) and all(cell.lstrip("× ")[0].isdigit() for cell in cells)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _milli(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
