@@ -20,18 +20,31 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // Blocks of a launch at most; the kernels loop over what is left.
 inline int64_t most_blocks() { return 1 << 16; }
 
+// Pointers that were read from a table are to global memory too, which the compiler can't know.
 template <class T>
 __device__ __forceinline__ T read(const T* from) {
+  __builtin_assume(__isGlobal(from));
   return *from;
 }
 
 template <class T>
 __device__ __forceinline__ void write(T* to, T value) {
+  __builtin_assume(__isGlobal(to));
   *to = value;
 }
 
-__device__ __forceinline__ uint4 read16(const void* from) { return *static_cast<const uint4*>(from); }
-__device__ __forceinline__ void write16(void* to, uint4 bits) { *static_cast<uint4*>(to) = bits; }
+__device__ __forceinline__ uint4 read16(const void* from) {
+  __builtin_assume(__isGlobal(from));
+  return *static_cast<const uint4*>(from);
+}
+
+// As an instruction: where the other branch stores the same values one by one, the compiler takes this
+// store apart as well.
+__device__ __forceinline__ void write16(void* to, uint4 bits) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+}
 
 // The block's shared memory, of as many bytes as the launch asked for.
 __device__ __forceinline__ unsigned char* shared_memory() {

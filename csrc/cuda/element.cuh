@@ -104,4 +104,20 @@ __device__ __forceinline__ void store_slot(T* to, const Part& part, const Comput
     if (j >= part.first && j < part.last) write(to + j, Element<T>::store(values[j]));
 }
 
+// Neighbouring numbers of a per-channel vector, all `otherwise` where there is none.
+template <int V, class C>
+__device__ __forceinline__ void load_vector(const C* from, C otherwise, C* values) {
+  constexpr int kAtOnce = 16 / static_cast<int>(sizeof(C));
+  if (from && V % kAtOnce == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+#pragma unroll
+    for (int j = 0; j < V / kAtOnce; ++j) {
+      const uint4 bits = read16(from + j * kAtOnce);
+      __builtin_memcpy(values + j * kAtOnce, &bits, 16);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < V; ++j) values[j] = from ? read(from + j) : otherwise;
+}
+
 }  // namespace attrfast::cuda

@@ -43,6 +43,15 @@ struct AffineReluOp {
   }
 
   template <int V>
+  __device__ void channels(int64_t c, Channel* out) const {
+    C scales[V], shifts[V];
+    load_vector<V>(scale ? scale + c : nullptr, C(1), scales);
+    load_vector<V>(shift ? shift + c : nullptr, C(-0.0), shifts);
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = {scales[j], shifts[j]};
+  }
+
+  template <int V>
   __device__ void slot(int64_t at, const Part& part, const Channel* channels, C*) const {
     C value[V], other[V];
     load_slot<T, V>(z + at, part, value);
@@ -88,6 +97,10 @@ struct BackwardOp {
 
   __device__ bool sums() const { return attribute != kNone; }
   __device__ Channel channel(int64_t c) const { return scale ? read(scale + c) : C(1); }
+  template <int V>
+  __device__ void channels(int64_t c, Channel* out) const {
+    load_vector<V>(scale ? scale + c : nullptr, C(1), out);
+  }
 
   template <int V>
   __device__ void slot(int64_t at, const Part& part, const Channel* channels, C* flow) const {
@@ -127,6 +140,8 @@ struct AttributionOp {
 
   __device__ bool sums() const { return true; }
   __device__ Channel channel(int64_t) const { return {}; }
+  template <int V>
+  __device__ void channels(int64_t, Channel*) const {}
 
   template <int V>
   __device__ void slot(int64_t at, const Part& part, const Channel*, C* flow) const {
@@ -149,9 +164,10 @@ __device__ double row_piece(const Op& op, int64_t begin, int64_t end, int64_t c,
                             double* shared) {
   using C = typename Op::C;
   constexpr int V = kLanes<typename Op::Type>;
+  const typename Op::Channel one = op.channel(c);
   typename Op::Channel channels[V];
 #pragma unroll
-  for (int j = 0; j < V; ++j) channels[j] = op.channel(c);
+  for (int j = 0; j < V; ++j) channels[j] = one;
   C acc[V] = {};
   for (int64_t at = (begin / V + threadIdx.x) * V; at < end; at += int64_t{kThreads} * V) {
     C flow[V];
@@ -265,8 +281,7 @@ __device__ void column_piece(const Op& op, const Place& place, int width, int he
   C acc[V] = {};
   if (used) {
     typename Op::Channel channels[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) channels[j] = op.channel(c + j);
+    op.template channels<V>(c, channels);
     const Part all = {0, V, aligned};
     for (int64_t position = begin + place.y; position < end; position += height) {
       C flow[V];

@@ -26,8 +26,8 @@ void many_taps(const std::vector<Tap>& taps, bool absolute, void* table, const Q
   const Call call = {"many_taps, the first", taps[0].dtype, taps[0].shape};
   call.check(select_device(queue.device));
   call.check(upload(table, work.data(), work.size() * sizeof(TapWork), queue.stream));
-  run(call, queue, many_taps_kernel, items, shared, static_cast<const TapWork*>(table),
-      static_cast<int>(work.size()), items, absolute);
+  run(call, queue, many_taps_kernel, items, shared + static_cast<int>(sizeof(TapHeader)),
+      static_cast<const TapWork*>(table), static_cast<int>(work.size()), items, absolute);
 }
 
 }  // namespace attrfast::cuda

@@ -34,9 +34,6 @@ __device__ void tap_columns(const Op& op, const TapWork& tap, int64_t item, unsi
   if (place.y == 0 && c < tap.c)
 #pragma unroll
     for (int j = 0; j < V; ++j) write(s + n * tap.stride + c + j, static_cast<C>(totals[j]));
-  // The next item may be of another type and cut shared memory otherwise, so that a thread would write
-  // where others still read their own sums.
-  __syncthreads();
 }
 
 template <class T>
@@ -72,26 +69,44 @@ __device__ void tap_item(const TapWork& tap, int64_t item, bool absolute, unsign
   if (threadIdx.x == 0) write(s + n * tap.stride + c, static_cast<C>(total));
 }
 
+// Where a block keeps the line of the table that it works on, before the shared memory of its sums.
+struct alignas(16) TapHeader {
+  TapWork tap;
+  int line;
+};
+
 // Blocks take items in a fixed order, and each item is summed the same way whoever takes it.
 __global__ void __launch_bounds__(kThreads)
     many_taps_kernel(const TapWork* taps, int count, int64_t items, bool absolute) {
+  TapHeader* header = reinterpret_cast<TapHeader*>(shared_memory());
+  unsigned char* shared = shared_memory() + sizeof(TapHeader);
+  const TapWork& tap = header->tap;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    int low = 0, high = count;  // the last tap that begins at or before the item
-    while (high - low > 1) {
-      const int middle = low + (high - low) / 2;
-      if (read(&taps[middle].first_item) <= item)
-        low = middle;
-      else
-        high = middle;
+    if (threadIdx.x == 0) {
+      int low = 0, high = count;  // the last tap that begins at or before the item
+      while (high - low > 1) {
+        const int middle = low + (high - low) / 2;
+        if (read(&taps[middle].first_item) <= item)
+          low = middle;
+        else
+          high = middle;
+      }
+      header->line = low;
     }
-    const TapWork tap = read(taps + low);
+    __syncthreads();
+    constexpr int kWords = sizeof(TapWork) / sizeof(uint64_t);
+    if (threadIdx.x < kWords)
+      reinterpret_cast<uint64_t*>(header)[threadIdx.x] =
+          read(reinterpret_cast<const uint64_t*>(taps + header->line) + threadIdx.x);
+    __syncthreads();
     const int64_t own = item - tap.first_item;
     switch (tap.dtype) {
-      case kFloat: tap_item<float>(tap, own, absolute, shared_memory()); break;
-      case kDouble: tap_item<double>(tap, own, absolute, shared_memory()); break;
-      case kBFloat16: tap_item<BFloat16>(tap, own, absolute, shared_memory()); break;
-      case kHalf: tap_item<Half>(tap, own, absolute, shared_memory()); break;
+      case kFloat: tap_item<float>(tap, own, absolute, shared); break;
+      case kDouble: tap_item<double>(tap, own, absolute, shared); break;
+      case kBFloat16: tap_item<BFloat16>(tap, own, absolute, shared); break;
+      case kHalf: tap_item<Half>(tap, own, absolute, shared); break;
     }
+    __syncthreads();  // the next item's tap, of another type perhaps, goes to the same memory
   }
 }
 

@@ -14,8 +14,8 @@ void affine_relu_max_pool(Dtype dtype, const Shape& shape, const Pool& pool, con
   by_dtype(dtype, [&](auto type) {
     using T = Pointee<decltype(type)>;
     const auto staged = [&](auto window) {
-      run(call, queue, pool_staged_kernel<T, decltype(window)>, cut.items, pool_shared(cut), op, shape,
-          pool, cut, window, aligned);
+      run(call, queue, pool_staged_kernel<T, decltype(window)>, cut.items, pool_shared(cut, sizeof(T)),
+          op, shape, pool, cut, window, aligned);
     };
     const auto direct = [&](auto window) {
       run(call, queue, pool_direct_kernel<T, kLanes<T>, decltype(window)>, cut.items, 0, op, shape, pool,

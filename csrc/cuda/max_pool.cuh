@@ -58,6 +58,15 @@ __device__ __forceinline__ void store_bytes(uint8_t* to, const Part& part, const
     if (j >= part.first && j < part.last) write(to + j, bytes.v[j]);
 }
 
+// From shared memory, where a slot lies at a multiple of 16 bytes.
+template <class T, int V>
+__device__ __forceinline__ void copy_slot(T* to, const T* from, const Part& part) {
+  if (part.whole) return write16(to, *reinterpret_cast<const uint4*>(from));
+#pragma unroll
+  for (int j = 0; j < V; ++j)
+    if (j >= part.first && j < part.last) write(to + j, from[j]);
+}
+
 // The running maximum of a window: PyTorch's, the first of equals, NaN above all.
 template <class C>
 struct Best {
@@ -103,7 +112,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const C lower = static_cast<C>(op.lower), upper = static_cast<C>(op.upper);
   const int h = static_cast<int>(pool.h), w = static_cast<int>(pool.w);
   const int columns = static_cast<int>(pool.columns);
-  T* tile = reinterpret_cast<T*>(shared_memory());
+  T* found = reinterpret_cast<T*>(shared_memory());  // maxima on their way out, and their places
+  uint8_t* places = reinterpret_cast<uint8_t*>(found + kThreads * V);
+  T* tile = reinterpret_cast<T*>(places + kThreads * V);
   for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
     const Band band(cut, item, shape.n * shape.c, static_cast<int>(pool.rows));
     const int top = cut.pieces == 1 ? 0 : most(0, band.first * window.stride(0) - window.padding(0));
@@ -129,30 +140,49 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int height = band.last - band.first, count = band.planes * height * columns;
     const int64_t out = (band.plane * pool.rows + band.first) * columns;
     const uint32_t c_first = static_cast<uint32_t>(band.plane - quotient(band.plane, shape.c) * shape.c);
-    for (int o = static_cast<int>(threadIdx.x); o < count; o += kThreads) {
-      const int row = o / columns, plane = band.planes == 1 ? 0 : row / height;
-      const int y0 = (band.first + row - plane * height) * window.stride(0) - window.padding(0);
-      const int x0 = (o - row * columns) * window.stride(1) - window.padding(1);
-      const uint32_t c = (c_first + plane) % static_cast<uint32_t>(shape.c);
-      const C a = scale ? read(scale + c) : C(1), b = shift ? read(shift + c) : C(-0.0);
-      const T* from = tile + (begin - start);
-      const int above = plane * h - top;  // rows of the tile before this plane's row 0
-      Best<C> best = {C(kLowest), most(0, -y0) * window.kernel(1) + most(0, -x0)};
-#pragma unroll
-      for (int ky = 0; ky < window.kernel(0); ++ky) {
-        const int y = y0 + ky;
-#pragma unroll
-        for (int kx = 0; kx < window.kernel(1); ++kx) {
-          const int x = x0 + kx;
-          if (y < 0 || y >= h || x < 0 || x >= w) continue;
-          best.meet(clamp(E::load(from[(above + y) * w + x]) * a + b, lower, upper),
-                    ky * window.kernel(1) + kx);
+    // Neighbouring threads take neighbouring windows, which spares shared memory conflicts; what they
+    // found goes through shared memory again, and to global memory by slots.
+    C a = 1, b = C(-0.0);
+    int plane_before = -1;
+    for (int base = -static_cast<int>(out % V); base < count; base += kThreads * V) {
+      for (int k = 0; k < V; ++k) {
+        const int mine = k * kThreads + static_cast<int>(threadIdx.x), o = base + mine;
+        if (o < 0 || o >= count) continue;
+        const int row = o / columns, plane = band.planes == 1 ? 0 : row / height;
+        const int y0 = (band.first + row - plane * height) * window.stride(0) - window.padding(0);
+        const int x0 = (o - row * columns) * window.stride(1) - window.padding(1);
+        if (plane != plane_before) {
+          plane_before = plane;
+          const uint32_t c = (c_first + plane) % static_cast<uint32_t>(shape.c);
+          a = scale ? read(scale + c) : C(1);
+          b = shift ? read(shift + c) : C(-0.0);
         }
+        const T* from = tile + (begin - start);
+        const int above = plane * h - top;  // rows of the tile before this plane's row 0
+        Best<C> best = {C(kLowest), most(0, -y0) * window.kernel(1) + most(0, -x0)};
+#pragma unroll
+        for (int ky = 0; ky < window.kernel(0); ++ky) {
+          const int y = y0 + ky;
+#pragma unroll
+          for (int kx = 0; kx < window.kernel(1); ++kx) {
+            const int x = x0 + kx;
+            if (y < 0 || y >= h || x < 0 || x >= w) continue;
+            const C v = E::load(from[(above + y) * w + x]) * a + b;
+            best.meet(clamp(v, lower, upper), ky * window.kernel(1) + kx);
+          }
+        }
+        found[mine] = E::store(best.value);
+        places[mine] = static_cast<uint8_t>(best.place);
       }
-      write(p + out + o, E::store(best.value));
-      write(op.code + out + o, static_cast<uint8_t>(best.place));
+      __syncthreads();
+      const int64_t at = out + base + int64_t{threadIdx.x} * V;
+      if (at < out + count) {
+        const Part part = part_of<V>(at, out, out + count, aligned);
+        copy_slot<T, V>(p + at, found + threadIdx.x * V, part);
+        store_bytes<V>(op.code + at, part, reinterpret_cast<const Bytes<V>*>(places)[threadIdx.x]);
+      }
+      __syncthreads();  // the next windows and the next item's input go to the same memory
     }
-    __syncthreads();  // the next item's input goes to the same memory
   }
 }
 
@@ -188,11 +218,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!place.used || work.c >= step) continue;
     const int64_t first = work.plane * step + work.c, c = first - quotient(first, shape.c) * shape.c;
     C a[V], b[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      a[j] = scale ? read(scale + c + j) : C(1);
-      b[j] = shift ? read(shift + c + j) : C(-0.0);
-    }
+    load_vector<V>(scale ? scale + c : nullptr, C(1), a);
+    load_vector<V>(shift ? shift + c : nullptr, C(-0.0), b);
     for (int64_t position = work.begin + place.y; position < work.end; position += cut.height) {
       const int64_t oy = quotient(position, pool.columns);
       const int y0 = static_cast<int>(oy) * window.stride(0) - window.padding(0);
@@ -322,13 +349,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t to = ((band.plane + band.planes - 1) * h + bottom) * w;
     const uint32_t count = static_cast<uint32_t>(shape.c);
     const uint32_t c_first = static_cast<uint32_t>(band.plane - quotient(band.plane, shape.c) * shape.c);
+    int plane_before = -1;
+    uint32_t c = 0;
+    C factor = 1;
     for (int64_t at = (from / V + threadIdx.x) * V; at < to; at += int64_t{kThreads} * V) {
       const Part part = part_of<V>(at, from, to, aligned);
       const int64_t offset = at + part.first - from, line = quotient(offset, w);
       int plane = band.planes == 1 ? 0 : static_cast<int>(line) / h;
       int y = top + static_cast<int>(line) - plane * h, x = static_cast<int>(offset - line * w);
-      uint32_t c = (c_first + plane) % count;
-      C factor = scale ? read(scale + c) : C(1);
+      if (plane != plane_before) {
+        plane_before = plane;
+        c = (c_first + plane) % count;
+        factor = scale ? read(scale + c) : C(1);
+      }
       C value[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) {
@@ -346,7 +379,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         x = 0;
         if (++y < h) continue;
         y = 0;
-        ++plane;
+        plane_before = ++plane;
         c = c + 1 == count ? 0 : c + 1;
         factor = scale ? read(scale + c) : C(1);
       }
@@ -376,8 +409,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     C acc[V] = {};
     if (used) {
       C factor[V];
-#pragma unroll
-      for (int j = 0; j < V; ++j) factor[j] = scale ? read(scale + c + j) : C(1);
+      load_vector<V>(scale ? scale + c : nullptr, C(1), factor);
       for (int64_t position = work.begin + place.y; position < work.end; position += cut.height) {
         const int64_t line = quotient(position, pool.w);
         const int y = static_cast<int>(line), x = static_cast<int>(position - line * pool.w);

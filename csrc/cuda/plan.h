@@ -176,7 +176,10 @@ inline PoolCut pool_backward_cut(const Shape& shape, const Pool& pool, int eleme
 }
 
 // Bytes of shared memory, with room for the slots at both ends.
-inline int pool_shared(const PoolCut& cut) { return cut.staged ? kStagedBytes + 32 : 0; }
+inline int pool_shared(const PoolCut& cut, int element) {
+  const int outgoing = kThreads * (16 / element) * (element + 1);
+  return cut.staged ? outgoing + kStagedBytes + 32 : 0;
+}
 
 inline int pool_backward_shared(const PoolCut& cut, int element, int compute) {
   if (!cut.staged) return kThreads * cut.direct.lanes * compute;

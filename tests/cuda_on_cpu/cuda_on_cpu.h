@@ -14,6 +14,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -37,7 +38,14 @@ inline Index thread, block, grid;
 inline uint64_t seed = 0;        // of the order in which threads run; see Turns in fibers.cpp
 inline int64_t block_limit = 3;  // blocks of a launch, so that the kernels must loop
 
-// Throws where an access is not allowed.
+// What a launch asked for: shared memory, and bytes of global memory: all, those that moved 16 at a time,
+// and those of per-channel vectors, which the cache gives.
+struct Launch {
+  int64_t shared, bytes, wide, vectors;
+};
+inline std::vector<Launch> launches;  // since a test emptied it
+
+// Throws where an access is not allowed, and counts it.
 void check_access(const void* address, size_t bytes, size_t alignment, bool writes);
 unsigned char* shared_memory();
 void barrier();

@@ -18,7 +18,7 @@ constexpr size_t kStack = 128 << 10;
 constexpr int kGuard = 64;  // bytes on both sides of shared memory
 constexpr unsigned char kGuardByte = 0xa5;
 
-std::vector<Range> ranges;
+std::vector<Range> ranges, vectors;
 
 enum State { kReady, kAtBarrier, kAtShuffle, kDone };
 
@@ -153,15 +153,27 @@ void run_block(int threads, std::mt19937_64& random) {
 void allow(uintptr_t begin, size_t bytes, bool writes) {
   ranges.push_back({begin, begin + bytes, writes});
 }
-void forget() { ranges.clear(); }
+void count_as_vector(uintptr_t begin, size_t bytes) { vectors.push_back({begin, begin + bytes, false}); }
+void forget() {
+  ranges.clear();
+  vectors.clear();
+}
 
 void check_access(const void* address, size_t bytes, size_t alignment, bool writes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
-  const std::string what = std::string(writes ? "a write of " : "a read of ") + std::to_string(bytes);
-  if (begin % alignment) throw std::logic_error(what + " bytes at a misaligned address");
+  if (!launches.empty()) {
+    launches.back().bytes += static_cast<int64_t>(bytes);
+    bool vector = false;
+    for (const Range& range : vectors) vector |= begin >= range.begin && begin < range.end;
+    (vector ? launches.back().vectors : launches.back().wide) += vector || bytes == 16 ? bytes : 0;
+  }
+  const auto what = [&] {
+    return std::string(writes ? "a write of " : "a read of ") + std::to_string(bytes) + " bytes ";
+  };
+  if (begin % alignment) throw std::logic_error(what() + "at a misaligned address");
   for (const Range& range : ranges)
     if (begin >= range.begin && begin + bytes <= range.end && (range.writes || !writes)) return;
-  throw std::logic_error(what + " bytes outside the tensors of the call");
+  throw std::logic_error(what() + "outside the tensors of the call");
 }
 
 unsigned char* shared_memory() {
@@ -205,6 +217,7 @@ const char* run(const std::function<void()>& body, int64_t blocks, int threads, 
   if (threads % kWarp || threads > 1024) return "a block must be of whole warps, 1024 threads at most";
   std::mt19937_64 random(seed);
   machine.body = &body;
+  launches.push_back({shared, 0, 0, 0});
   machine.error.clear();
   grid.x = static_cast<unsigned>(blocks);
   for (int64_t i = 0; i < blocks && machine.error.empty(); ++i) {

@@ -12,6 +12,7 @@ struct Range {
 };
 
 void allow(uintptr_t begin, size_t bytes, bool writes);
+void count_as_vector(uintptr_t begin, size_t bytes);
 void forget();
 
 }  // namespace emulated
