@@ -12,9 +12,11 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 
 import attrfast
 from attrfast import data, models, pictures
@@ -31,20 +33,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--finetune", type=int, default=1, help="epochs after each step")
     parser.add_argument("--step", type=int, default=32, help="filters removed in a step")
     parser.add_argument("--score-batches", type=int, default=16, help="batches scored in a step")
+    parser.add_argument("--images", type=int, help="train, score and fine-tune on so many images only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/criteria"))
     return parser.parse_args()
 
 
-def train(model: nn.Module, splits: data.Splits, epochs: int) -> None:
+def train(model: nn.Module, loader: DataLoader[Any], epochs: int) -> None:
     """With AdamW and one rise and fall of the learning rate."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=3e-3, total_steps=epochs * len(splits.train)
+        optimiser, max_lr=3e-3, total_steps=epochs * len(loader)
     )
     model.train()
     for _ in range(epochs):
-        for images, labels in splits.train:
+        for images, labels in loader:
             optimiser.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimiser.step()
@@ -66,9 +69,18 @@ def main() -> None:
         splits = data.digits(image_size=16, seed=options.seed)
     else:
         splits = data.fashion_mnist(seed=options.seed)
+    loader = splits.train
+    if options.images is not None:
+        loader = DataLoader(
+            Subset(loader.dataset, range(options.images)),
+            batch_size=loader.batch_size,
+            shuffle=True,
+            collate_fn=loader.collate_fn,
+            generator=torch.Generator().manual_seed(options.seed),
+        )
     torch.manual_seed(options.seed)
     model = models.vgg_small()
-    train(model, splits, options.epochs)
+    train(model, loader, options.epochs)
     whole = top1(model, splits)
     print(f"whole network: {whole:.2%} of the test images right")
 
@@ -78,7 +90,7 @@ def main() -> None:
         start = time.perf_counter()
         result = attrfast.prune(
             model,
-            splits.train,
+            loader,
             criterion=criterion,
             max_macs=options.target,
             filters_per_step=options.step,
