@@ -35,7 +35,7 @@ FAMILIES = {
     "wide_resnet50_2": 64,
     "densenet121": 64,
     "googlenet": 64,
-    "inception_v3": 96,
+    "inception_v3": 299,  # its auxiliary head needs the full size
     "mobilenet_v2": 64,
     "mobilenet_v3_small": 64,
     "efficientnet_b0": 64,
