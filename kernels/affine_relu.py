@@ -127,7 +127,7 @@ def affine_relu(
             launch(
                 affine_relu_columns,
                 -(-n * positions // height) * blocks,
-                config.warps,
+                config.threads,
                 (*pointers, n * positions, c // columns.unit, blocks),
                 {**bounds, "UNIT": columns.unit, "HEIGHT": height, "WIDTH": width},
             )
@@ -136,7 +136,7 @@ def affine_relu(
         launch(
             affine_relu_lines,
             lines.programs(config.elements),
-            config.warps,
+            config.threads,
             (*pointers, lines.rows // lines.row_unit, positions // lines.unit, c),
             {**bounds, **lines.constants(config.elements)},
         )

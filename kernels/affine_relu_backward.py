@@ -27,6 +27,7 @@ from attrfast.kernels.tiles import (
     line_channels,
     line_tile,
     passed,
+    steps_down,
     tree_columns,
     tree_lines,
 )
@@ -112,7 +113,7 @@ def backward_columns(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
     sums = tl.zeros([HEIGHT, WIDTH], WIDE)
-    for step in range(STEPS):
+    for step in range(steps_down(positions, piece, HEIGHT, STEPS)):
         p = (piece * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
         inside = (p < positions)[:, None] & is_channel[None, :]
         offset = (sample * positions + p)[:, None] * channels + c0 + c[None, :]
@@ -177,7 +178,7 @@ def affine_relu_backward(
             launch(
                 backward_columns,
                 columns.programs(config.elements),
-                config.warps,
+                config.threads,
                 (*pointers, positions, pieces, c // columns.unit, columns.blocks(config.elements)),
                 {**chosen, **columns.constants(config.elements)},
             )
@@ -185,7 +186,7 @@ def affine_relu_backward(
         launch(
             backward_lines,
             lines.programs(config.elements),
-            config.warps,
+            config.threads,
             (*pointers, lines.rows // lines.row_unit, positions // lines.unit, c),
             {**chosen, **lines.constants(config.elements), "LOG": lines.log()},
         )

@@ -17,6 +17,7 @@ from attrfast.kernels.tiles import (
     cut_columns,
     cut_lines,
     line_tile,
+    steps_down,
     tree_columns,
     tree_lines,
 )
@@ -74,7 +75,7 @@ def attribution_columns(
     c = tl.arange(0, WIDTH)
     is_channel = c < channels - c0
     sums = tl.zeros([HEIGHT, WIDTH], WIDE)
-    for step in range(STEPS):
+    for step in range(steps_down(positions, piece, HEIGHT, STEPS)):
         p = (piece * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
         inside = (p < positions)[:, None] & is_channel[None, :]
         offset = (sample * positions + p)[:, None] * channels + c0 + c[None, :]
@@ -103,7 +104,7 @@ def attribution(x: Tensor, g: Tensor, s: Tensor, absolute: bool, last: bool) -> 
             launch(
                 attribution_columns,
                 columns.programs(config.elements),
-                config.warps,
+                config.threads,
                 (x, g, sums, positions, pieces, c // columns.unit, columns.blocks(config.elements)),
                 {**chosen, **columns.constants(config.elements)},
             )
@@ -111,7 +112,7 @@ def attribution(x: Tensor, g: Tensor, s: Tensor, absolute: bool, last: bool) -> 
         launch(
             attribution_lines,
             lines.programs(config.elements),
-            config.warps,
+            config.threads,
             (x, g, sums, lines.rows // lines.row_unit, positions // lines.unit),
             {**chosen, **lines.constants(config.elements), "LOG": lines.log()},
         )

@@ -3,9 +3,11 @@
 A configuration changes how much one program does, never what comes out: sums have the same bits with
 every one (see `tiles.py`), so that choosing by the clock does no harm.
 
+Threads are counted, not warps, which are 32 threads wide on some GPUs and 64 on others.
+
 The list is short because all these kernels do little arithmetic for the bytes they move. What matters is
 how many bytes are under way: 16 elements a thread are 4 loads of 16 bytes from each float32 operand and
-2 of 16-bit ones, 32 elements twice that; 4 or 8 warps in a program are a matter of its granularity.
+2 of 16-bit ones, 32 elements twice that; 128 or 256 threads in a program are a matter of its granularity.
 """
 
 import functools
@@ -24,14 +26,14 @@ log = logging.getLogger("attrfast")
 
 @dataclass(frozen=True)
 class Config:
-    """Elements in a tile, warps in a program."""
+    """Elements in a tile, threads in a program."""
 
     elements: int
-    warps: int
+    threads: int
 
 
-DEFAULT = Config(4096, 8)
-CONFIGS = (DEFAULT, Config(2048, 4), Config(4096, 4))
+DEFAULT = Config(4096, 256)
+CONFIGS = (DEFAULT, Config(2048, 128), Config(4096, 128))
 _choices: dict[Hashable, Config] = {}
 
 
@@ -54,7 +56,7 @@ class Launch:
 
     kernel: Any
     programs: int
-    warps: int
+    threads: int
     args: tuple[Any, ...]
     constants: dict[str, Any]
 
@@ -74,7 +76,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, programs: int, warps: int, args: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any, programs: int, threads: int, args: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
     """Starts `programs` programs.
 
@@ -82,9 +84,19 @@ def launch(
     on the configuration, and with it the last bit of a sum.
     """
     if _recorded is not None:
-        _recorded.append(Launch(kernel, programs, warps, args, constants))
+        _recorded.append(Launch(kernel, programs, threads, args, constants))
     elif programs:
-        kernel[(programs,)](*args, **constants, num_warps=warps, enable_fp_fusion=False)
+        kernel[(programs,)](
+            *args, **constants, num_warps=threads // _warp_size(), enable_fp_fusion=False
+        )
+
+
+@functools.cache
+def _warp_size() -> int:
+    """Threads in a warp; the interpreter has none, and all GPUs of a machine are taken to be alike."""
+    if interpreted():
+        return 32
+    return int(getattr(torch.cuda.get_device_properties(), "warp_size", 32))
 
 
 def scaled(config: Config, dtype: torch.dtype, heavier: int = 1) -> Config:
@@ -93,7 +105,9 @@ def scaled(config: Config, dtype: torch.dtype, heavier: int = 1) -> Config:
     Args:
         heavier: how much more than in an element-wise kernel.
     """
-    return Config(config.elements // (2 * heavier if dtype == torch.float64 else heavier), config.warps)
+    return Config(
+        config.elements // (2 * heavier if dtype == torch.float64 else heavier), config.threads
+    )
 
 
 def bucket(count: int) -> int:

@@ -314,7 +314,7 @@ def affine_relu_max_pool(
             launch(
                 max_pool_columns,
                 -(-n * windows // height) * blocks,
-                config.warps,
+                config.threads,
                 (*pointers, n * windows, c // columns.unit, blocks, *size),
                 {
                     **chosen,
@@ -337,7 +337,7 @@ def affine_relu_max_pool(
         else:
             kernel, numbers = max_pool_lines, (*numbers, pool.w, pool.columns)
             constants |= window
-        launch(kernel, lines.programs(config.elements), config.warps, (*pointers, *numbers), constants)
+        launch(kernel, lines.programs(config.elements), config.threads, (*pointers, *numbers), constants)
 
     given = scale is not None, shift is not None, pool.kernel, pool.stride
     key = "max_pool", z.dtype, last, given, bucket(windows), bucket(c), bucket(z.numel())

@@ -31,6 +31,7 @@ from attrfast.kernels.tiles import (
     line_rows,
     line_tile,
     passed,
+    steps_down,
     tree_columns,
     tree_lines,
 )
@@ -207,7 +208,7 @@ def pool_backward_columns(
         scale = tl.load(scale_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
     flow = tl.zeros([HEIGHT, WIDTH], WIDE)
     OVER: tl.constexpr = (KW + SX - 1) // SX
-    for step in range(STEPS):
+    for step in range(steps_down(positions, piece, HEIGHT, STEPS)):
         place = (piece * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
         if not BIG:
             place = place.to(tl.int32)
@@ -272,7 +273,7 @@ def pool_backward_tiling_columns(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
     flow = tl.zeros([HEIGHT, WIDTH], WIDE)
-    for step in range(STEPS):
+    for step in range(steps_down(positions, piece, HEIGHT, STEPS)):
         window = (piece * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
         inside = (window < positions)[:, None] & is_channel[None, :]
         at = (sample * positions + window)[:, None] * channels + c0 + c[None, :]
@@ -316,7 +317,9 @@ def affine_relu_max_pool_backward(
     tiling = pool.tiles and pool.kernel[0] * pool.kernel[1] <= UNROLLED
     by_window = tiling if last else pool.pairs
     positions = pool.rows * pool.columns if by_window else pool.h * pool.w
-    lines, columns = cut_lines(n * c, positions, PIECE), cut_columns(n, positions, c)
+    # Overlapping windows take registers, in float64 twice as many.
+    longest = PIECE // 2 if p.dtype == torch.float64 and not by_window else PIECE
+    lines, columns = cut_lines(n * c, positions, longest), cut_columns(n, positions, c)
     pieces = columns.pieces if last else lines.pieces
     sums = s
     if attribute and pieces > 1:
@@ -347,7 +350,7 @@ def affine_relu_max_pool_backward(
             else:
                 kernel = pool_backward_columns
                 constants |= {**window, "BIG": pool.big(1)}
-            launch(kernel, programs, config.warps, (*pointers, *numbers, *size), constants)
+            launch(kernel, programs, config.threads, (*pointers, *numbers, *size), constants)
             return
         constants |= {**lines.constants(config.elements), "BIG": pool.big(1), "LOG": lines.log()}
         del constants["FLAT"]
@@ -360,7 +363,7 @@ def affine_relu_max_pool_backward(
             constants |= window
         rows = lines.rows // lines.row_unit
         args = (*pointers, rows, positions // lines.unit, c, *size)
-        launch(kernel, lines.programs(config.elements), config.warps, args, constants)
+        launch(kernel, lines.programs(config.elements), config.threads, args, constants)
 
     given = scale is not None, attribute, pool.kernel, pool.stride
     key = "pool_backward", p.dtype, last, given, bucket(positions), bucket(c), bucket(gz.numel())

@@ -26,16 +26,21 @@ def partials_kernel(
     OUTPUTS: tl.constexpr,
     SIDE: tl.constexpr,
     LOG: tl.constexpr,
+    BIG: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    if not BIG:
+        at = at.to(tl.int32)  # 64-bit divisions take registers
     start = (at // inner) * pieces * inner + at % inner
     side = tl.arange(0, SIDE)
     is_output = at < count
     total = tl.zeros([OUTPUTS, SIDE], tl.float64)
     for first in range(0, pieces, SIDE):
         piece = first + side
+        if BIG:
+            piece = piece.to(tl.int64)
         here = is_output[:, None] & (piece < pieces)[None, :]
-        offset = start[:, None] + piece[None, :].to(tl.int64) * inner
+        offset = start[:, None] + piece[None, :] * inner
         total += tl.load(partial_ptr + offset, mask=here, other=0.0).to(tl.float64)
     s = tree_lines(total, OUTPUTS, SIDE, LOG)
     tl.store(s_ptr + at, s.to(s_ptr.dtype.element_ty), mask=is_output)
@@ -48,7 +53,12 @@ def add_partials(partial: torch.Tensor, s: torch.Tensor, pieces: int, inner: int
     launch(
         partials_kernel,
         -(-s.numel() // outputs),
-        4,
+        128,
         (partial, s, s.numel(), pieces, inner),
-        {"OUTPUTS": outputs, "SIDE": side, "LOG": side.bit_length() - 1},
+        {
+            "OUTPUTS": outputs,
+            "SIDE": side,
+            "LOG": side.bit_length() - 1,
+            "BIG": partial.numel() >= 1 << 30,
+        },
     )

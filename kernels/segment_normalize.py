@@ -85,7 +85,7 @@ def segment_normalize(theta: Tensor, offsets: Tensor, kind: str) -> Tensor:
     launch(
         segment_normalize_kernel,
         offsets.shape[0] - 1 if theta.numel() else 0,
-        4,
+        128,
         (theta, offsets.contiguous(), out),
         {
             "KIND": KINDS[kind],

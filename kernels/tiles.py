@@ -91,7 +91,7 @@ class Lines:
 def cut_lines(rows: int, positions: int, longest: int = LONGEST) -> Lines:
     """Rows of more than `longest` positions are split into pieces."""
     split = positions > longest
-    width = PIECE if split else power_of_two(positions)
+    width = min(PIECE, longest) if split else power_of_two(positions)
     pieces = -(-positions // width) if split else 1
     row_unit = math.gcd(rows, 16) if positions == width and not split else 1
     return Lines(rows, positions, width, pieces, math.gcd(positions, 16), row_unit, split)
@@ -268,6 +268,13 @@ def column_place(pieces, blocks, WIDTH: tl.constexpr):
     block = pid % blocks
     piece = (pid // blocks) % pieces
     return pid // blocks // pieces, piece, block * WIDTH
+
+
+@triton.jit
+def steps_down(positions, piece, HEIGHT: tl.constexpr, STEPS: tl.constexpr):
+    """Tiles that this program walks down: fewer at the end of a sample."""
+    left = tl.cdiv(positions - piece * (STEPS * HEIGHT), HEIGHT)
+    return tl.minimum(left, STEPS).to(tl.int32)
 
 
 @triton.jit
