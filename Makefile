@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
 
-.PHONY: help venv demo test check format bench clean distclean
+.PHONY: help venv demo test check format bench gpu-report clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make check   lint, formatting and types"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   measure against a bare pass, a hook-based script and other packages"
+	@echo "make gpu-report  compile the GPU kernels, no GPU needed, and read their machine code"
 	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
 
 venv: $(INSTALLED)
@@ -49,6 +50,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+gpu-report: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_report
 
 clean:
 	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -54,6 +54,12 @@ def _backend_line(name: str, record: dict[str, str]) -> str:
 
         runs = ", ".join(_native.available_isas())
         return f"found: {_native.isa()} in use (this processor runs {runs})"
+    if name == "triton":
+        from attrfast.kernels.launch import interpreted
+
+        return "found: " + ("in Triton's interpreter, on the CPU" if interpreted() else "on the GPU")
+    if name == "cuda":
+        return "found: on the GPU"
     return "found: plain PyTorch, on any device"
 
 
