@@ -9,7 +9,6 @@ does: what they cost then is largely that.
 from __future__ import annotations
 
 import ctypes
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -209,37 +208,38 @@ def measure(
     torch.set_num_threads(machine.THREADS)
     about = machine.facts()
     clock = Clock(patience)
-    rows, others = [], 0.0
+    rows = []
     for layout in FORMATS:
         say(f"kernels, {layout}")
         for case in cases(layout, shape):
             runs = {OURS: case.ours, COPY: copy_of(case.bytes), **case.peers}
-            seconds, worst = _time(runs, rounds, clock)
-            others = max(others, worst)
+            times = _time(runs, rounds, clock)
             rows.append(
                 {
                     "op": case.op,
                     "format": layout,
                     "bytes": case.bytes,
-                    "seconds": {name: statistics.median(times) for name, times in seconds.items()},
-                    "ratios": {name: timing.ratio(seconds, OURS, name) for name in (COPY, *case.peers)},
+                    "seconds": {name: found.median for name, found in times.items()},
+                    "ratios": {
+                        name: timing.ratio(times[OURS], times[name])[0] for name in (COPY, *case.peers)
+                    },
+                    "disturbed": times[OURS].disturbed,
                 }
             )
     return {
         "machine": about,
         "shape": list(shape),
         "rounds": rounds,
-        "others": others,
+        "disturbed": [f"{row['op']} ({row['format']})" for row in rows if row["disturbed"]],
         "cases": rows,
         "targets": _targets(rows),
     }
 
 
-def _time(runs: timing.Runs, rounds: int, clock: Clock) -> tuple[dict[str, list[float]], float]:
+def _time(runs: timing.Runs, rounds: int, clock: Clock) -> dict[str, timing.Times]:
     """Like `timing.interleaved`, but a round as a whole is repeated when others disturb it."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    times = {name: timing.Times() for name in runs}
     latest: dict[str, float] = {}
-    worst = 0.0
 
     def once() -> None:
         for name, run in runs.items():
@@ -250,10 +250,9 @@ def _time(runs: timing.Runs, rounds: int, clock: Clock) -> tuple[dict[str, list[
     once()
     for _ in range(rounds):
         _, others = clock.time(once, lambda: None)
-        worst = max(worst, others)
         for name, taken in latest.items():
-            seconds[name].append(taken)
-    return seconds, worst
+            times[name].add(taken, others)
+    return times
 
 
 def _targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -265,6 +264,7 @@ def _targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for against, limit in ((THRESHOLD, 0.6), (THRESHOLD_THEN_SUM, 0.25)):
             found = row["ratios"][against]
             verdict = "held" if found <= limit else "missed"
+            verdict = "disturbed" if row["disturbed"] else verdict
             out.append(
                 {
                     "quantity": f"time, {row['format']}",

@@ -67,9 +67,10 @@ def measure(
         peaks = memory.peaks(name, network, times.formats[name], repeats) if counted else []
         rows[name] = {
             "format": times.formats[name],
-            "seconds": statistics.median(times.seconds[name]),
+            "seconds": times.whole[name].median,
             "bytes": statistics.median(peaks) if peaks else None,
-            "all_seconds": times.seconds[name],
+            "all_seconds": times.whole[name].seconds,
+            "all_others": times.whole[name].others,
             "all_bytes": peaks,
             "trial_seconds": times.trial[name],
         }
@@ -78,30 +79,28 @@ def measure(
         "machine": about,
         "rounds": rounds,
         "repeats": repeats,
-        "others": times.others,
+        "disturbed": [name for name in names if times.whole[name].disturbed],
         "contenders": rows,
         "targets": [judge(target, rows) for target in TARGETS if target.against in rows],
     }
 
 
 @dataclass(frozen=True)
-class _Times:
-    """Seconds of every contender.
+class _Measured:
+    """Times of every contender.
 
     Attributes:
         formats: the memory format that suits each.
-        seconds: of whole passes in that format, round by round.
-        trial: of passes of one batch, by memory format.
-        others: the largest share of the machine that other processes used during a pass.
+        whole: of whole passes in that format.
+        trial: seconds of passes of one batch, by memory format.
     """
 
     formats: dict[str, str]
-    seconds: dict[str, list[float]]
+    whole: dict[str, timing.Times]
     trial: dict[str, dict[str, list[float]]]
-    others: float
 
 
-def _times(network: str, names: tuple[str, ...], rounds: int, clock: Clock) -> _Times:
+def _times(network: str, names: tuple[str, ...], rounds: int, clock: Clock) -> _Measured:
     loaded = {layout: load(network, layout) for layout in FORMATS}
 
     def clean() -> None:
@@ -115,17 +114,19 @@ def _times(network: str, names: tuple[str, ...], rounds: int, clock: Clock) -> _
         for name in names
         for layout, (model, data) in loaded.items()
     }
-    seconds, _ = timing.interleaved(short, 2, clock, warm_up=1, after=clean)
-    trial = {name: {layout: seconds[f"{name}/{layout}"] for layout in loaded} for name in names}
+    found = timing.interleaved(short, 2, clock, warm_up=1, after=clean)
+    trial = {name: {layout: found[f"{name}/{layout}"].seconds for layout in loaded} for name in names}
     formats = {name: min(FORMATS, key=lambda layout: min(trial[name][layout])) for name in names}
     whole = {name: contenders.prepare(name, *loaded[formats[name]]) for name in names}
-    seconds, others = timing.interleaved(whole, rounds, clock, after=clean)
-    return _Times(formats, seconds, trial, others)
+    return _Measured(formats, timing.interleaved(whole, rounds, clock, after=clean), trial)
 
 
-def time_ratio(rows: dict[str, Any], name: str, base: str) -> float:
-    seconds = {key: rows[key]["all_seconds"] for key in (name, base)}
-    return timing.ratio(seconds, name, base)
+def time_ratio(rows: dict[str, Any], name: str, base: str) -> tuple[float, bool]:
+    """See `timing.ratio`."""
+    ours, other = (
+        timing.Times(rows[key]["all_seconds"], rows[key]["all_others"]) for key in (name, base)
+    )
+    return timing.ratio(ours, other)
 
 
 def memory_ratio(rows: dict[str, Any], name: str, base: str) -> float | None:
@@ -136,9 +137,15 @@ def memory_ratio(rows: dict[str, Any], name: str, base: str) -> float | None:
 
 
 def judge(target: Target, rows: dict[str, Any]) -> dict[str, Any]:
-    ratio = time_ratio if target.quantity == "time" else memory_ratio
-    found = ratio(rows, "attrfast", target.against)
-    verdict = "not measured" if found is None else "held" if found <= target.limit else "missed"
+    """What was found for a target, and whether it is held, missed, or can't be told."""
+    found: float | None
+    if target.quantity == "time":
+        found, quiet = time_ratio(rows, "attrfast", target.against)
+    else:
+        found, quiet = memory_ratio(rows, "attrfast", target.against), True
+    verdict = "held" if found is not None and found <= target.limit else "missed"
+    if found is None or not quiet:
+        verdict = "not measured" if found is None else "disturbed"
     return {
         "quantity": target.quantity,
         "against": target.against,

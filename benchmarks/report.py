@@ -46,7 +46,7 @@ def pass_sheets(result: dict[str, Any]) -> list[Sheet]:
         ["", "format", "time", "× floor", "× bare", "× captum", "peak memory", "× hooks", "× bare"],
         [
             f"{result['rounds']} interleaved rounds, {result['repeats']} processes for each peak. "
-            + _disturbed(result["others"]),
+            + _disturbed(result["disturbed"]),
             machine.one_line(result["machine"]),
         ],
     )
@@ -57,7 +57,10 @@ def pass_sheets(result: dict[str, Any]) -> list[Sheet]:
                 name,
                 row["format"],
                 f"{row['seconds']:.2f} s",
-                *(_number(passes.time_ratio(rows, name, base)) for base in ("floor", "bare", "captum")),
+                *(
+                    _number(passes.time_ratio(rows, name, base)[0])
+                    for base in ("floor", "bare", "captum")
+                ),
                 "" if size is None else f"{size / 1e6:.0f} MB",
                 *(_number(passes.memory_ratio(rows, name, base)) for base in ("hooks", "bare")),
             ]
@@ -73,7 +76,7 @@ def kernel_sheets(result: dict[str, Any]) -> list[Sheet]:
         ["", "format", "attrfast", "× copy", "PyTorch", "", "attrfast / PyTorch"],
         [
             f"{result['rounds']} interleaved rounds. “× copy”: beside a copy of the same bytes. "
-            + _disturbed(result["others"]),
+            + _disturbed(result["disturbed"]),
             machine.one_line(result["machine"]),
         ],
     )
@@ -92,9 +95,12 @@ def kernel_sheets(result: dict[str, Any]) -> list[Sheet]:
     return [sheet, _target_sheet("Kernels: targets of attrfast", result["targets"])]
 
 
-def _disturbed(others: float) -> str:
-    text = f"Other processes used at most {others:.0%} of the machine during a run"
-    return f"{text}: too much, the times say little." if others > LIMIT else f"{text}."
+def _disturbed(names: list[str]) -> str:
+    if not names:
+        return f"Other processes used at most {LIMIT:.0%} of the machine during the runs that count."
+    return (
+        f"Disturbed by other processes in every round, so that the time says little: {', '.join(names)}."
+    )
 
 
 def _target_sheet(title: str, targets: list[dict[str, Any]]) -> Sheet:

@@ -1,18 +1,46 @@
 """Times several functions against each other on a machine that is never quite idle.
 
 Within a round all run one after the other (A B C, A B C, ...), so that what slows the machine for some
-seconds slows them all; ratios are taken within each round, and their median over rounds is reported.
+seconds slows them all; ratios are taken within each round, and their median over rounds is reported. Runs
+that other processes disturbed are left out, as long as undisturbed ones are there.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from benchmarks.quiet import Clock
+from benchmarks.quiet import LIMIT, Clock
 
 Runs = Mapping[str, Callable[[], object]]
+
+
+@dataclass
+class Times:
+    """One function's runs, round by round.
+
+    Attributes:
+        seconds: that each took.
+        others: share of the machine's processors that other processes used during each.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+
+    def add(self, seconds: float, others: float) -> None:
+        self.seconds.append(seconds)
+        self.others.append(others)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(_chosen(self.seconds, [share <= LIMIT for share in self.others]))
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether no run was left alone by other processes."""
+        return min(self.others) > LIMIT
 
 
 def interleaved(
@@ -22,8 +50,8 @@ def interleaved(
     *,
     warm_up: int = 0,
     after: Callable[[], object] = gc.collect,
-) -> tuple[dict[str, list[float]], float]:
-    """Seconds of every run in every round, and the largest share of the machine that others used in one.
+) -> dict[str, Times]:
+    """Times every run in every round.
 
     Args:
         runs: what to time, by name, in the order within a round.
@@ -32,20 +60,28 @@ def interleaved(
         warm_up: rounds before those, which are not timed.
         after: called after every run, outside the time.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    worst = 0.0
+    times = {name: Times() for name in runs}
     for _ in range(warm_up):
         for run in runs.values():
             run()
             after()
     for _ in range(rounds):
         for name, run in runs.items():
-            taken, others = clock.time(run, after)
-            seconds[name].append(taken)
-            worst = max(worst, others)
-    return seconds, worst
+            times[name].add(*clock.time(run, after))
+    return times
 
 
-def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
-    """Median over rounds of one run's time divided by another's in the same round."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+def ratio(ours: Times, base: Times) -> tuple[float, bool]:
+    """Median over rounds of one time divided by another of the same round.
+
+    Returns:
+        It, and whether at least one round left both alone.
+    """
+    ratios = [a / b for a, b in zip(ours.seconds, base.seconds, strict=True)]
+    quiet = [max(pair) <= LIMIT for pair in zip(ours.others, base.others, strict=True)]
+    return statistics.median(_chosen(ratios, quiet)), any(quiet)
+
+
+def _chosen(values: Sequence[float], quiet: Sequence[bool]) -> list[float]:
+    """The values of quiet runs, or all where none was quiet."""
+    return [value for value, good in zip(values, quiet, strict=True) if good] or list(values)

@@ -52,13 +52,17 @@ def test_both_tiers_are_measured_on_the_same_scores(model, batches):
         torch.testing.assert_close(fast[layer], slow[layer], rtol=1e-4, atol=1e-6)
 
 
-def test_a_target_is_judged_by_ratios_within_rounds():
+def test_a_target_is_judged_by_ratios_within_quiet_rounds():
     rows = {
-        "attrfast": {"all_seconds": [1.0, 4.0, 9.0], "bytes": 50},
-        "bare": {"all_seconds": [2.0, 8.0, 10.0], "bytes": None},
+        "attrfast": {"all_seconds": [1.0, 4.0, 9.0, 90.0], "all_others": [0, 0, 0, 0.5], "bytes": 50},
+        "bare": {"all_seconds": [2.0, 8.0, 10.0, 10.0], "all_others": [0] * 4, "bytes": None},
+        "captum": {"all_seconds": [8.0] * 4, "all_others": [0.5, 0.5, 0.5, 0], "bytes": 100},
     }
     held = passes.judge(passes.Target("time", "bare", 0.5), rows)
     assert (held["ratio"], held["verdict"]) == (0.5, "held")
+    assert passes.judge(passes.Target("time", "bare", 0.4), rows)["verdict"] == "missed"
+    assert passes.judge(passes.Target("time", "captum", 9), rows)["verdict"] == "disturbed"
+    assert passes.judge(passes.Target("memory", "captum", 0.5), rows)["verdict"] == "held"
     assert passes.judge(passes.Target("memory", "bare", 0.5), rows)["verdict"] == "not measured"
 
 
