@@ -66,11 +66,14 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit that was measured; `-dirty` where tracked files had changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    """The commit that was measured; `-dirty` where the code measured had changed since."""
     try:
-        here = Path(__file__).parent
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        commit = _git("rev-parse", "--short", "HEAD").stdout.strip()
+        return commit + ("-dirty" if _git("diff", "HEAD", "--", "attrfast", "csrc").stdout else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown commit"
-    return found.stdout.strip()
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[1]
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)

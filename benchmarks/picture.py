@@ -1,4 +1,4 @@
-"""Draws time and memory of every contender, a row of axes a network, in the look of attrfast's pictures."""
+"""Draws time and memory of every contender, in the look of attrfast's own pictures."""
 
 from __future__ import annotations
 
