@@ -119,7 +119,10 @@ def test_rounding_to_16_bits_is_pytorch_s(dtype: torch.dtype, layout: str, isa: 
     middle = (rising + torch.cat([step, step[-1:]]) / 2).float()  # exact: where the rounding turns
     inf = torch.tensor(INF)
     floats = torch.cat([middle, torch.nextafter(middle, inf), torch.nextafter(middle, -inf)])
-    floats = torch.cat([floats, -floats, special(torch.float32)])
+    quiet_or_not = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF], dtype=torch.int32).view(
+        torch.float32
+    )
+    floats = torch.cat([floats, -floats, special(torch.float32), quiet_or_not, -quiet_or_not])
     # A shift is a float32 that goes through nothing but the sum with -0.
     z = LAYOUTS[layout](torch.full((1, len(floats), 2), -0.0, dtype=dtype))
     got = ops.affine_relu(z, None, floats, None, None, None)
