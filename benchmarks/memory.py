@@ -1,12 +1,16 @@
 """Peak memory of one pass in a fresh process: how far resident memory grows over the model and its data.
 
-Libraries set themselves up on a tiny convolution before the measurement begins.
+The allocator's peaks depend on where its first small pieces happened to lie. So every repeat starts a new
+process, which imports all libraries, runs nothing, and is forked for each contender: all contenders of a
+repeat start from the same state, and repeats from different ones. Libraries set themselves up on a tiny
+convolution before the measurement begins.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import resource
 from pathlib import Path
 
@@ -18,12 +22,27 @@ from benchmarks.contenders import prepare
 from benchmarks.machine import THREADS
 from benchmarks.networks import load
 
+_LIBRARIES = ("torchvision", "captum.attr", "torch_pruning", "attrfast")
 BATCHES = 2  # the peak is reached by then: later batches repeat the second
 
 
-def peaks(name: str, network: str, layout: str, repeats: int) -> list[int]:
-    """Bytes by which resident memory grew, once for each of `repeats` fresh processes."""
-    return [fresh.call(_growth, name, network, layout) for _ in range(repeats)]
+def peaks(formats: dict[str, str], network: str, repeats: int) -> dict[str, list[int]]:
+    """Bytes by which resident memory grew in the pass of every contender, repeat by repeat.
+
+    Args:
+        formats: the memory format of each contender to measure.
+    """
+    rounds = [fresh.call(_round, formats, network) for _ in range(repeats)]
+    return {name: [found[name] for found in rounds] for name in formats}
+
+
+def _round(formats: dict[str, str], network: str) -> dict[str, int]:
+    """Forks this process, which has only imported what it needs, once for each contender."""
+    for library in _LIBRARIES:
+        importlib.import_module(library)
+    return {
+        name: fresh.call(_growth, name, network, layout, fork=True) for name, layout in formats.items()
+    }
 
 
 def _growth(name: str, network: str, layout: str, batches: int = BATCHES) -> int:

@@ -60,11 +60,12 @@ def measure(
     say(f"{label}: {rounds} rounds of whole passes, after a trial of both memory formats")
     times = _times(network, names, rounds, Clock(patience))
     gc.collect()
-    say(f"{label}: peak memory, {repeats} processes each")
+    say(f"{label}: peak memory, {repeats} times")
+    counted = {name: times.formats[name] for name in names if name not in NO_MEMORY}
+    found = memory.peaks(counted, network, repeats) if repeats else {}
     rows: dict[str, Any] = {}
     for name in names:
-        counted = repeats and name not in NO_MEMORY
-        peaks = memory.peaks(name, network, times.formats[name], repeats) if counted else []
+        peaks = found.get(name, [])
         rows[name] = {
             "format": times.formats[name],
             "seconds": times.whole[name].median,
@@ -130,10 +131,9 @@ def time_ratio(rows: dict[str, Any], name: str, base: str) -> tuple[float, bool]
 
 
 def memory_ratio(rows: dict[str, Any], name: str, base: str) -> float | None:
-    """None where one of them has no figure."""
-    if rows[name]["bytes"] is None or rows[base]["bytes"] is None:
-        return None
-    return float(rows[name]["bytes"] / rows[base]["bytes"])
+    """Median over repeats of one peak divided by another's; None where one has none."""
+    pairs = list(zip(rows[name]["all_bytes"], rows[base]["all_bytes"], strict=False))
+    return statistics.median(a / b for a, b in pairs) if pairs else None
 
 
 def judge(target: Target, rows: dict[str, Any]) -> dict[str, Any]:

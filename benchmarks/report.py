@@ -45,7 +45,7 @@ def pass_sheets(result: dict[str, Any]) -> list[Sheet]:
         f"{result['label']}: one pass of 4 batches",
         ["", "format", "time", "× floor", "× bare", "× captum", "peak memory", "× hooks", "× bare"],
         [
-            f"{result['rounds']} interleaved rounds, {result['repeats']} processes for each peak. "
+            f"{result['rounds']} interleaved rounds, {result['repeats']} repeats of each peak. "
             + _disturbed(result["disturbed"]),
             machine.one_line(result["machine"]),
         ],
@@ -139,8 +139,8 @@ def write_markdown(sheets: list[Sheet]) -> None:
     parts = [
         "# Latest figures\n",
         "Written by `make bench` (`python -m benchmarks`); [what is measured, and how](../README.md). "
-        "Every ratio is the median of ratios within a round, so it may differ a little from the ratio "
-        "of the medians beside it.\n",
+        "Every ratio is the median of ratios within a round (time) or a repeat (memory), so it may "
+        "differ a little from the ratio of the medians beside it.\n",
         "![time and memory of a pass](passes.png)\n",
     ]
     for sheet in sheets:

@@ -54,9 +54,13 @@ def test_both_tiers_are_measured_on_the_same_scores(model, batches):
 
 def test_a_target_is_judged_by_ratios_within_quiet_rounds():
     rows = {
-        "attrfast": {"all_seconds": [1.0, 4.0, 9.0, 90.0], "all_others": [0, 0, 0, 0.5], "bytes": 50},
-        "bare": {"all_seconds": [2.0, 8.0, 10.0, 10.0], "all_others": [0] * 4, "bytes": None},
-        "captum": {"all_seconds": [8.0] * 4, "all_others": [0.5, 0.5, 0.5, 0], "bytes": 100},
+        "attrfast": {
+            "all_seconds": [1.0, 4.0, 9.0, 90.0],
+            "all_others": [0, 0, 0, 0.5],
+            "all_bytes": [50, 70],
+        },
+        "bare": {"all_seconds": [2.0, 8.0, 10.0, 10.0], "all_others": [0] * 4, "all_bytes": []},
+        "captum": {"all_seconds": [8.0] * 4, "all_others": [0.5, 0.5, 0.5, 0], "all_bytes": [100, 140]},
     }
     held = passes.judge(passes.Target("time", "bare", 0.5), rows)
     assert (held["ratio"], held["verdict"]) == (0.5, "held")
