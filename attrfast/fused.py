@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from attrfast import ops
+from attrfast.convolution import Geometry, each, input_gradient
 from attrfast.graph import Plan
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.reference import compute_dtype
@@ -51,7 +52,7 @@ class _Run:
         self.x: Tensor | None = None
         self.z: Tensor | None = None
         self.weight: Tensor | None = None
-        self.geometry: tuple[list[int], list[int], list[int], int] | None = None
+        self.geometry: Geometry | None = None
         self.scale: Tensor | None = None
         self.shift: Tensor | None = None
         self.residual: Tensor | None = None
@@ -181,28 +182,7 @@ def _input_gradient(run: _Run, gz: Tensor) -> Tensor:
     assert run.geometry is not None
     assert run.weight is not None
     shape, strides, dtype = run.x_like
-    stride, padding, dilation, groups = run.geometry
-    # The function reads the input's shape and layout alone, never its values: any memory will do, and
-    # that of gz costs nothing.
-    if gz.untyped_storage().nbytes() >= shape.numel() * gz.element_size():
-        like = gz.as_strided(shape, strides, 0)
-    else:
-        like = torch.empty_strided(shape, strides, dtype=gz.dtype, device=gz.device)
-    gx, _, _ = torch.ops.aten.convolution_backward(
-        gz,
-        like,
-        run.weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * len(stride),
-        groups,
-        [True, False, False],
-    )
-    out: Tensor = gx.to(dtype)
-    return out
+    return input_gradient(gz, run.weight, shape, strides, run.geometry).to(dtype)
 
 
 class PlanMode(TorchFunctionMode):
@@ -379,10 +359,10 @@ class PlanMode(TorchFunctionMode):
         with torch.no_grad():
             z = func(x, weight, bias, stride, padding, dilation, groups)
             run.weight = weight.to(z.dtype)
-        run.geometry = (
-            _each(stride, spatial),
-            [0] * spatial if isinstance(padding, str) else _each(padding, spatial),
-            _each(dilation, spatial),
+        run.geometry = Geometry(
+            each(stride, spatial),
+            [0] * spatial if isinstance(padding, str) else each(padding, spatial),
+            each(dilation, spatial),
             int(groups),
         )
         strides = x.stride() if _is_dense(x) else torch.empty(x.shape, device="meta").stride()
@@ -423,8 +403,3 @@ class PlanMode(TorchFunctionMode):
             return out
         with torch.no_grad():
             return _forward(run, residual)[0]
-
-
-def _each(value: Any, count: int) -> list[int]:
-    values = [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)]
-    return values * count if len(values) == 1 else values

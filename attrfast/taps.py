@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from attrfast import ops
+from attrfast.convolution import Geometry, each, input_gradient
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.signatures import batch_norm_arguments, bound_arguments
 from attrfast.stages import relu_ceiling
@@ -117,18 +118,12 @@ class _FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
     ) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.stride = x.shape, x.stride()
-        ctx.geometry = stride, padding, dilation, groups
+        ctx.input = x.shape, x.stride()
+        ctx.geometry = geometry
+        stride, padding, dilation, groups = geometry
         return torch.convolution(
             x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
         )
@@ -136,24 +131,8 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (weight,) = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        g = grads[0]
-        # The backward function reads the input's shape and layout only; this memory is never touched.
-        like = torch.empty_strided(ctx.shape, ctx.stride, dtype=g.dtype, device=g.device)
-        gx, _, _ = torch.ops.aten.convolution_backward(
-            g,
-            like,
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(stride),
-            groups,
-            [True, False, False],
-        )
-        return gx, None, None, None, None, None, None
+        shape, strides = ctx.input
+        return input_gradient(grads[0], weight, shape, strides, ctx.geometry), None, None, None
 
 
 class TapMode(TorchFunctionMode):
@@ -252,13 +231,10 @@ def _frozen_convolution(
     if torch.is_autocast_enabled(x.device.type) or (bias is not None and bias.requires_grad):
         return None
 
-    def each(value: Any) -> list[int]:
-        values = [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)]
-        return values * spatial if len(values) == 1 else values
-
-    out = _FrozenConvolution.apply(
-        x, weight, bias, each(stride), each(padding), each(dilation), int(groups)
+    geometry = Geometry(
+        each(stride, spatial), each(padding, spatial), each(dilation, spatial), int(groups)
     )
+    out = _FrozenConvolution.apply(x, weight, bias, geometry)
     assert isinstance(out, torch.Tensor)
     return out
 
