@@ -78,12 +78,10 @@ def asked() -> str | None:
 @functools.cache
 def _preferred(kind: str, forced: str | None) -> Any:
     if forced is not None:
-        if forced == "cpu" and kind != "cpu":
-            raise BackendError(f"ATTRFAST_BACKEND=cpu can't be used on a tensor on {kind}")
-        found = find(forced)
-        if forced in ("triton", "cuda") and found.backend is not None:
-            found.backend.check_device(kind)
-        return found.backend
+        backend = find(forced).backend
+        assert backend is not None  # or `asked` would have refused it
+        backend.check_device(kind)
+        return backend
     if kind == "cpu":
         found = find("cpu")
         if found.backend is not None:
