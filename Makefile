@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f -not -name '*.md' 2>/dev/null)
 
-.PHONY: help venv demo test check format bench gpu-report clean distclean
+.PHONY: help venv demo test check format bench gpu gpu-report clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make check   lint, formatting and types"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make bench   measure against a bare pass, a hook-based script and other packages"
+	@echo "make gpu     test and measure on this machine's GPU; says so if there is none"
 	@echo "make gpu-report  compile the GPU kernels, no GPU needed, and read their machine code"
 	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
 
@@ -50,6 +51,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m gpu tests
+	$(BIN)/python -m benchmarks.gpu
 
 gpu-report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_report

@@ -27,6 +27,7 @@ class Batch:
         args, kwargs: what the model is called with.
         labels: (N,) or whatever stands second in the batch; None where there is nothing.
         samples: N.
+        extremes: the smallest and the largest label, where they could be read without waiting for a GPU.
     """
 
     raw: Any
@@ -34,6 +35,7 @@ class Batch:
     kwargs: dict[str, Any]
     labels: Any
     samples: int
+    extremes: tuple[int, int] | None
 
     def feed(self, model: nn.Module) -> Any:
         return model(*self.args, **self.kwargs)
@@ -49,7 +51,7 @@ class Batch:
                 rows(tree, self.samples, start, stop)
                 for tree in (self.raw, self.args, self.kwargs, self.labels)
             )
-            yield Batch(raw, args, kwargs, labels, stop - start)
+            yield Batch(raw, args, kwargs, labels, stop - start, self.extremes)
 
 
 def unpack(batch: Any, device: torch.device) -> Batch:
@@ -86,7 +88,7 @@ def unpack(batch: Any, device: torch.device) -> Batch:
         )
     if first.shape[0] == 0:
         raise InputError(f"a batch holds no samples: its input has shape {tuple(first.shape)}")
-    return Batch(raw, args, kwargs, raw[1], first.shape[0])
+    return Batch(raw, args, kwargs, raw[1], first.shape[0], _extremes(batch[1]))
 
 
 def _kind(item: Any) -> str:
@@ -147,12 +149,25 @@ def main_output(output: Any) -> torch.Tensor:
     return found
 
 
-def check_labels(labels: Any, logits: torch.Tensor) -> None:
+def _extremes(labels: Any) -> tuple[int, int] | None:
+    if not isinstance(labels, torch.Tensor) or labels.device.type != "cpu":
+        return None
+    if labels.dtype not in _WHOLE or labels.numel() == 0:
+        return None
+    least, most = labels.aminmax()
+    return int(least), int(most)
+
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_labels(batch: Batch, logits: torch.Tensor) -> None:
     """Logits must be (N, K), and labels (N,) integers that name one of the K outputs.
 
     Raises:
         InputError: they are not; a label outside is named.
     """
+    labels = batch.labels
     if logits.dim() != 2 or not logits.is_floating_point():
         raise InputError(
             f"the model's output has shape {tuple(logits.shape)} and dtype {logits.dtype}, not (samples, "
@@ -166,13 +181,12 @@ def check_labels(labels: Any, logits: torch.Tensor) -> None:
             f"labels must have shape ({samples},), one class a sample, got {tuple(labels.shape)}; for "
             f"other targets give loss_fn(output, batch)"
         )
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if labels.dtype not in _WHOLE:
         raise InputError(f"labels must be whole numbers (int64), got {labels.dtype}")
-    if labels.device.type == "cpu":
-        bad = labels[(labels < 0) | (labels >= outputs)]
-        if len(bad):
+    for label in batch.extremes or ():
+        if not 0 <= label < outputs:
             raise InputError(
-                f"label {int(bad[0])} is outside the model's {outputs} outputs (0 to {outputs - 1}); "
+                f"label {label} is outside the model's {outputs} outputs (0 to {outputs - 1}); "
                 f"check the labels, or the width of the last layer"
             )
 

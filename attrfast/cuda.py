@@ -172,7 +172,7 @@ class CudaBackend(LaunchingBackend):
     def attributions(
         self, taps: Sequence[tuple[Tensor, Tensor]], absolute: bool = False
     ) -> list[Tensor]:
-        """`attribution` of many pairs (x, g) on one device, in one launch: for small ones."""
+        """`attribution` of many small pairs (x, g) on one device, in as few launches as hold them."""
         found, rows, kept = [], [], []
         for given, gradient in taps:
             x, last = common(given)
@@ -183,9 +183,7 @@ class CudaBackend(LaunchingBackend):
             rows.append((*shape_of(x, last), *map(pointer, (x, g, s)), x.shape[1]))
         if not found:
             return []
-        bytes_ = self._launches.tap_table_bytes(len(rows))
-        table = torch.empty(bytes_, dtype=torch.uint8, device=found[0].device)
-        self._launches.many_taps(rows, absolute, table.data_ptr(), *self._queue(found[0]))
+        self._launches.many_taps(rows, absolute, *self._queue(found[0]))
         return found
 
     def segment_normalize(self, theta: Tensor, offsets: Tensor, kind: str) -> Tensor:

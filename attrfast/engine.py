@@ -58,6 +58,8 @@ class Pass:
         self.criterion, self.reduction, self.amp_dtype = criterion, reduction, amp_dtype
         self.objective = Objective(criterion, loss_fn)
         self.runner = Runner(model, found, guided=criterion.guided, absolute=reduction.absolute)
+        # What is not finite is looked for where that makes nobody wait for a GPU; there, once at the end.
+        self.watchful = device.type == "cpu"
         self.total = torch.zeros(len(found.units), dtype=torch.float64, device=device)
         self.samples = 0
 
@@ -81,8 +83,8 @@ class Pass:
                 return batch.feed(self.model)
 
         def objective(output: Any) -> torch.Tensor:
-            total = self.objective(output, batch.raw, batch.labels, batch.samples)
-            if self.device.type == "cpu" and not bool(torch.isfinite(total)):
+            total = self.objective(output, batch)
+            if self.watchful and not bool(torch.isfinite(total)):
                 self._explain(forward, batch, f"the objective of {self.criterion.name!r} is {total:g}")
             return total
 
@@ -90,7 +92,7 @@ class Pass:
         scale = 1024.0 if self.amp_dtype == torch.float16 else 1.0
         with torch.enable_grad():
             matrix = self.runner.run(forward, objective, batch.samples, scale)
-        if self.device.type == "cpu" and not bool(torch.isfinite(matrix.sum())):
+        if self.watchful and not bool(torch.isfinite(matrix.sum())):
             self._explain(forward, batch, self._bad_columns(matrix))
         return matrix
 

@@ -57,7 +57,7 @@ def evaluate(
             output = batch.feed(model)
             if loss is None:
                 logits = main_output(output)
-                check_labels(batch.labels, logits)
+                check_labels(batch, logits)
                 total += functional.cross_entropy(
                     logits.to(torch.promote_types(logits.dtype, torch.float32)),
                     batch.labels.long(),

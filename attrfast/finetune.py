@@ -142,6 +142,7 @@ def _train(
     scheduler = _scheduler(how, optimizer, batches)
     scaler = torch.amp.GradScaler(device.type, enabled=how.amp_dtype == torch.float16)
     normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    lost, last = torch.zeros((), dtype=torch.bool, device=device), torch.zeros(())
     model.train()
     for epoch in range(how.epochs):
         for raw in loader:
@@ -151,11 +152,10 @@ def _train(
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype=how.amp_dtype, enabled=how.amp_dtype is not None):
                 value = _loss(model, batch, how, loss)
-            if device.type == "cpu" and not bool(torch.isfinite(value)):
-                raise NumericalError(
-                    f"the loss became {float(value.detach())} in epoch {epoch + 1} of fine-tuning; lower lr "
-                    f"({how.lr}), or set max_grad_norm"
-                )
+            last = value.detach()
+            lost = lost | ~torch.isfinite(last)
+            if device.type == "cpu":  # a GPU is asked once an epoch
+                _check_finite(lost, last, epoch, how)
             torch.autograd.backward(scaler.scale(value))
             if how.max_grad_norm is not None:
                 scaler.unscale_(optimizer)
@@ -164,9 +164,18 @@ def _train(
             scaler.update()
             if scheduler is not None and batches is not None:
                 scheduler.step()
+        _check_finite(lost, last, epoch, how)
         if scheduler is not None and batches is None:
             scheduler.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _check_finite(lost: torch.Tensor, last: torch.Tensor, epoch: int, how: FineTune) -> None:
+    if bool(lost):
+        raise NumericalError(
+            f"the loss became {float(last)} in epoch {epoch + 1} of fine-tuning; lower lr ({how.lr}), or "
+            f"set max_grad_norm"
+        )
 
 
 def _loss(model: nn.Module, batch: Batch, how: FineTune, loss: Loss | None) -> torch.Tensor:
@@ -175,7 +184,7 @@ def _loss(model: nn.Module, batch: Batch, how: FineTune, loss: Loss | None) -> t
     if loss is not None:
         return loss(output, batch.raw, batch.labels, batch.samples) / batch.samples
     logits = main_output(output)
-    check_labels(batch.labels, logits)
+    check_labels(batch, logits)
     labels = batch.labels.long()
     value = functional.cross_entropy(logits, labels, label_smoothing=how.label_smoothing)
     for name in getattr(output, "_fields", ()):

@@ -139,7 +139,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for the convolution's output and for the residual, and the flow (N, C)."""
     backend = ops.backend_for(g.device)
-    fresh = run.fresh and _is_dense(g)
+    assert run.matrix is not None
+    fresh = run.fresh and _is_dense(g) and not run.matrix.waits_for(g)
     scale, bounds = run.scale, (run.lower, run.upper, run.guided and run.clamps)
     if run.pool is not None:
         kernel, stride, padding, _ = run.pool

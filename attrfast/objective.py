@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attrfast.batches import check_labels, main_output
+from attrfast.batches import Batch, check_labels, main_output
 from attrfast.criteria import Criterion
 from attrfast.errors import AttrfastError, InputError, ModelError
 from attrfast.rows import rows
@@ -85,7 +85,7 @@ class Objective:
         self.criterion = criterion
         self.loss = Loss(loss_fn) if loss_fn is not None and criterion.uses_loss else None
 
-    def __call__(self, output: Any, batch: Any, labels: Any, samples: int) -> torch.Tensor:
+    def __call__(self, output: Any, batch: Batch) -> torch.Tensor:
         """J, summed over the batch's samples: 0-d, float32 or float64.
 
         Raises:
@@ -93,16 +93,16 @@ class Objective:
             ModelError: the objective is not differentiable.
         """
         if self.loss is not None:
-            total = self.loss(output, batch, labels, samples) * self.criterion.loss_sign
+            total = self.loss(output, batch.raw, batch.labels, batch.samples) * self.criterion.loss_sign
         else:
             logits = main_output(output)
-            check_labels(labels, logits)
+            check_labels(batch, logits)
             dtype = torch.promote_types(logits.dtype, torch.float32)
-            values = self._values(logits.to(dtype), labels.long())
-            if values.shape != (samples,):
+            values = self._values(logits.to(dtype), batch.labels.long())
+            if values.shape != (batch.samples,):
                 raise InputError(
                     f"the objective of {self.criterion.name!r} returned shape {tuple(values.shape)} "
-                    f"for {samples} samples; return one value a sample"
+                    f"for {batch.samples} samples; return one value a sample"
                 )
             total = values.sum()
         if not total.requires_grad:

@@ -117,21 +117,21 @@ def signed_batch(model: nn.Module, batches: Batches) -> Scores:
     return {name: flow.abs() for name, flow in scores.items()}
 
 
-def attrfast(model: nn.Module, batches: Batches) -> Scores:
+def attrfast(model: nn.Module, batches: Batches, *, amp_dtype: torch.dtype | None = None) -> Scores:
     """attrfast as a user calls it: recording the model and planning are part of the call."""
     from attrfast import attribute
 
-    scores = attribute(model, batches, criterion="attribution", progress=False)
+    scores = attribute(model, batches, "attribution", amp_dtype=amp_dtype, progress=False)
     return {name: scores[name] for name in scores}
 
 
-def call_tier(model: nn.Module, batches: Batches) -> Scores:
+def call_tier(model: nn.Module, batches: Batches, *, amp_dtype: torch.dtype | None = None) -> Scores:
     """attrfast without its fused stages: what runs where a model can't be planned."""
     from attrfast import engine, tiers
 
     plain = functools.partial(tiers.Runner, fused=False)
     with mock.patch.object(engine, "Runner", plain):
-        return attrfast(model, batches)
+        return attrfast(model, batches, amp_dtype=amp_dtype)
 
 
 def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
@@ -139,7 +139,7 @@ def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 
 # In the order in which they run within a round, and stand in tables.
-CONTENDERS: dict[str, Callable[[nn.Module, Batches], object]] = {
+CONTENDERS: dict[str, Callable[..., object]] = {
     "inference": inference,
     "bare": bare,
     "hooks": hooks,
@@ -152,8 +152,27 @@ CONTENDERS: dict[str, Callable[[nn.Module, Batches], object]] = {
 NAMES = ("floor", *CONTENDERS)
 
 
-def prepare(name: str, model: nn.Module, batches: Batches) -> Callable[[], object]:
-    """One pass of a contender, ready to be timed."""
+def prepare(
+    name: str, model: nn.Module, batches: Batches, amp_dtype: torch.dtype | None = None
+) -> Callable[[], object]:
+    """One pass of a contender, ready to be timed.
+
+    Args:
+        amp_dtype: forward passes run under autocast in this dtype.
+    """
+    if name.startswith("attrfast"):
+        return functools.partial(CONTENDERS[name], model, batches, amp_dtype=amp_dtype)
+    place = batches[0][0].device.type
+
+    def mixed() -> torch.autocast:
+        return torch.autocast(place, dtype=amp_dtype, enabled=amp_dtype is not None)
+
     if name == "floor":
-        return floor.prepare(model, batches)
-    return functools.partial(CONTENDERS[name], model, batches)
+        with mixed():
+            return floor.prepare(model, batches)
+
+    def run() -> object:
+        with mixed():
+            return CONTENDERS[name](model, batches)
+
+    return run

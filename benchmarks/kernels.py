@@ -41,30 +41,46 @@ class Case:
         bytes: that it must move at least.
         ours: one launch.
         peers: the same by PyTorch's eager ops, or a part of it, by name.
+        definition: the same by the function that defines the op, of `attrfast.reference`, and its arguments.
     """
 
     op: str
     bytes: int
     ours: Callable[[], object]
     peers: dict[str, Callable[[], object]]
+    definition: tuple[Callable[..., object], tuple[Any, ...]]
 
 
-def cases(layout: str, shape: tuple[int, int, int, int] = SHAPE) -> list[Case]:
-    """The kernels on fp32 tensors of one shape and memory format."""
-    from attrfast import ops
+def cases(
+    layout: str,
+    shape: tuple[int, int, int, int] = SHAPE,
+    *,
+    backend: Any = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Case]:
+    """The kernels on tensors of one shape and memory format.
 
-    backend = ops.backend_for(torch.device("cpu"))
+    Args:
+        backend: whose kernels; None takes those that attrfast would choose.
+    """
+    from attrfast import ops, reference
+
+    backend = backend or ops.backend_for(torch.device(device))
     torch.manual_seed(0)
 
     def new(*size: int) -> torch.Tensor:
-        return torch.randn(size).to(memory_format=FORMATS[layout])
+        return torch.randn(size, device=device).to(dtype, memory_format=FORMATS[layout])
+
+    def vector(value: float) -> torch.Tensor:
+        return torch.full((channels,), value, device=device)
 
     channels = shape[1]
     z, residual = new(*shape), new(*shape)
     a, g = new(*shape).relu_(), new(*shape)
     # In place again and again: below one, so that values neither grow nor vanish.
-    scale, shift = torch.full((channels,), 0.5), torch.full((channels,), 0.1)
-    mean, var = torch.zeros(channels), torch.full((channels,), 4.0)
+    scale, shift = vector(0.5), vector(0.1)
+    mean, var = vector(0.0), vector(4.0)
     whole = z.nbytes
     given = torch.empty_like(g)
 
@@ -79,12 +95,14 @@ def cases(layout: str, shape: tuple[int, int, int, int] = SHAPE) -> list[Case]:
         2 * whole,
         lambda: backend.affine_relu_(z, scale, shift, None, 0.0, INF),
         {"batch_norm, relu_": lambda: norm().relu_(), "relu_ alone": z.clone().relu_},
+        (reference.affine_relu, (z, scale, shift, None, 0.0, INF)),
     )
     addition = Case(
         "BN, addition and ReLU, in place",
         3 * whole,
         lambda: backend.affine_relu_(z, scale, shift, residual, 0.0, INF),
         {"batch_norm, add_, relu_": lambda: norm().add_(residual).relu_()},
+        (reference.affine_relu, (z, scale, shift, residual, 0.0, INF)),
     )
     backward = Case(
         RELU_BACKWARD,
@@ -97,12 +115,14 @@ def cases(layout: str, shape: tuple[int, int, int, int] = SHAPE) -> list[Case]:
             ),
             THRESHOLD_THEN_SUM: lambda: (aten.threshold_backward(g, a, 0), multiply(a, g)),
         },
+        (reference.affine_relu_backward, (a, g, None, 0.0, INF, False, True)),
     )
     backward_new = Case(
         "the same into new memory",
         3 * whole,
         lambda: backend.affine_relu_backward(a, g, None, 0.0, INF, False, True),
         {THRESHOLD_THEN_SUM: lambda: (aten.threshold_backward(g, a, 0), multiply(a, g))},
+        backward.definition,
     )
     branches = Case(
         "backward of BN, addition and ReLU, with attribution",
@@ -114,6 +134,7 @@ def cases(layout: str, shape: tuple[int, int, int, int] = SHAPE) -> list[Case]:
                 multiply(a, g),
             )
         },
+        (reference.affine_add_relu_backward, (a, g, None, scale, 0.0, INF, False, 1)),
     )
     alone = Case(
         "attribution alone",
@@ -123,6 +144,7 @@ def cases(layout: str, shape: tuple[int, int, int, int] = SHAPE) -> list[Case]:
             "(x*g).sum": lambda: multiply(z, g),
             "einsum": lambda: torch.einsum("nchw,nchw->nc", z, g),
         },
+        (reference.attribution, (z, g, False)),
     )
     found = [affine, addition, backward, backward_new, branches, alone]
     for title, k, s, pad in (("2×2", 2, 2, 0), ("3×3 step 2", 3, 2, 1)):
@@ -144,6 +166,8 @@ def _pools(
     shift: torch.Tensor,
 ) -> list[Case]:
     """BN, ReLU and max-pooling as one, forward and backward."""
+    from attrfast import reference
+
     args = (kernel, stride, padding)
     p, code = backend.affine_relu_max_pool(z, scale, shift, *args, False, 0.0, INF)
     g = new(*p.shape)
@@ -164,6 +188,7 @@ def _pools(
                     norm().relu_(), *args
                 )
             },
+            (reference.affine_relu_max_pool, (z, scale, shift, *args, False, 0.0, INF)),
         ),
         Case(
             f"backward of ReLU and max-pool {title}, with attribution",
@@ -172,13 +197,17 @@ def _pools(
                 p, code, g, None, size, *args, 0.0, INF, False, True
             ),
             {"max_pool2d backward, threshold_backward, (p*g).sum": eager},
+            (
+                reference.affine_relu_max_pool_backward,
+                (p, code, g, None, size, *args, 0.0, INF, False, True),
+            ),
         ),
     ]
 
 
-def copy_of(count: int) -> Callable[[], object]:
+def copy_of(count: int, device: str = "cpu") -> Callable[[], object]:
     """Copies half of `count` bytes: half read, half written."""
-    source = torch.zeros(count // 8)
+    source = torch.zeros(count // 8, device=device)
     target = torch.empty_like(source).fill_(1.0)
     return lambda: target.copy_(source)
 

@@ -51,6 +51,7 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
 
 NETWORKS = {
     "vgg16_bn": Network("VGG-16-BN", _vgg16_bn, (64, 3, 32, 32)),
+    "vgg16_bn_224": Network("VGG-16-BN", _torchvision("vgg16_bn"), (8, 3, 224, 224)),
     "resnet18": Network("ResNet-18", _torchvision("resnet18"), (16, 3, 224, 224)),
     "resnet50": Network("ResNet-50", _torchvision("resnet50"), (8, 3, 224, 224)),
     "mobilenet_v2": Network("MobileNet-v2", _torchvision("mobilenet_v2"), (16, 3, 224, 224)),
@@ -60,15 +61,27 @@ NETWORKS = {
 DEFAULT = ("vgg16_bn", "resnet18")
 
 
-def load(name: str, layout: str, batches: int = BATCHES) -> tuple[nn.Module, Batches]:
-    """The model, in eval mode, and its batches in one memory format; the same at every call."""
+def load(
+    name: str,
+    layout: str,
+    batches: int = BATCHES,
+    *,
+    samples: int | None = None,
+    device: str = "cpu",
+) -> tuple[nn.Module, Batches]:
+    """The model, in eval mode, and its batches in one memory format; the same at every call.
+
+    Args:
+        samples: in a batch; None takes the network's own.
+    """
     network = NETWORKS[name]
     torch.manual_seed(0)
-    model = network.build().eval().to(memory_format=FORMATS[layout])
+    model = network.build().eval().to(device, memory_format=FORMATS[layout])
+    shape = (samples or network.shape[0], *network.shape[1:])
     data = [
         (
-            torch.randn(network.shape).to(memory_format=FORMATS[layout]),
-            torch.randint(0, 10, network.shape[:1]),
+            torch.randn(shape).to(device, memory_format=FORMATS[layout]),
+            torch.randint(0, 10, shape[:1]).to(device),
         )
         for _ in range(batches)
     ]

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from attrfast import pictures as look
 
 _ACCENT = "#b2182b"
+
+
+@contextmanager
+def new_figure(rows: int, path: Path) -> Iterator[Any]:
+    """A grid of `rows` times two axes to draw on, written to `path` at the end."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    apart = {"figure.constrained_layout.hspace": 0.08, "figure.constrained_layout.wspace": 0.06}
+    with matplotlib.rc_context(look._STYLE | apart):
+        figure = Figure(figsize=(10.5, 3.5 * rows))
+        FigureCanvasAgg(figure)
+        yield figure.subplots(rows, 2, squeeze=False)
+        figure.savefig(path)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -17,20 +34,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
         results: by network, as `benchmarks.passes.measure` gives them.
         path: file to write.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    apart = {"figure.constrained_layout.hspace": 0.08, "figure.constrained_layout.wspace": 0.06}
-    with matplotlib.rc_context(look._STYLE | apart):
-        figure = Figure(figsize=(10.5, 3.5 * len(results)))
-        FigureCanvasAgg(figure)
-        grid = figure.subplots(len(results), 2, squeeze=False)
+    with new_figure(len(results), path) as grid:
         for (left, right), result in zip(grid, results.values(), strict=True):
             rows = result["contenders"]
             floor = rows["floor"]["seconds"]
             times = {name: row["seconds"] for name, row in rows.items() if name != "floor"}
-            _bars(left, times, "{:.2f} s")
+            bars(left, times, "{:.2f} s")
             left.axvline(floor, color=_ACCENT, linewidth=1.4)
             left.annotate(
                 f"floor {floor:.2f} s",
@@ -43,12 +52,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
             left.set_title(result["label"], pad=18)
             left.set_xlabel("time of one pass of 4 batches (s)")
             sizes = {name: row["bytes"] / 1e6 for name, row in rows.items() if row["bytes"] is not None}
-            _bars(right, sizes, "{:.0f} MB")
+            bars(right, sizes, "{:.0f} MB")
             right.set_xlabel("peak memory over model and data (MB)")
-        figure.savefig(path)
 
 
-def _bars(axes: Any, values: dict[str, float], text: str) -> None:
+def bars(axes: Any, values: dict[str, float], text: str) -> None:
+    """Horizontal bars with their values beside them; attrfast's stand out."""
     names = list(values)
     colours = [look._KEPT if name.startswith("attrfast") else look._GONE for name in names]
     axes.barh(range(len(names)), list(values.values()), color=colours, height=0.72)

@@ -134,22 +134,30 @@ def say(what: str) -> None:
     Console(stderr=True).print(what, style="dim")
 
 
-def write_markdown(sheets: list[Sheet]) -> None:
-    """Writes all tables to `results/README.md`."""
-    parts = [
-        "# Latest figures\n",
-        "Written by `make bench` (`python -m benchmarks`); [what is measured, and how](../README.md). "
-        "Every ratio is the median of ratios within a round (time) or a repeat (memory), so it may "
-        "differ a little from the ratio of the medians beside it.\n",
-        "![time and memory of a pass](passes.png)\n",
-    ]
+PASSES_AND_KERNELS = """\
+# Latest figures
+
+Written by `make bench` (`python -m benchmarks`); [what is measured, and how](../README.md). Every ratio is \
+the median of ratios within a round (time) or a repeat (memory), so it may differ a little from the ratio of \
+the medians beside it.
+"""
+
+
+def write_markdown(
+    sheets: list[Sheet],
+    name: str = "README.md",
+    introduction: str = PASSES_AND_KERNELS,
+    picture: str = "passes.png",
+) -> None:
+    """Writes all tables to a file of `results/`."""
+    parts = [introduction, f"![time and memory of a pass]({picture})\n"]
     for sheet in sheets:
         parts.append(f"## {sheet.title}\n")
         parts += [f"{note}\n" for note in sheet.notes]
         marks = ["--:" if _numeric(sheet, i) else "---" for i in range(len(sheet.columns))]
         lines = [sheet.columns, marks, *sheet.rows]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-    (RESULTS / "README.md").write_text("\n".join(parts))
+    (RESULTS / name).write_text("\n".join(parts))
 
 
 def _numeric(sheet: Sheet, column: int) -> bool:

@@ -123,10 +123,12 @@ class Call:
         return self.with_args(**{written: copy_of(self.args[written])}) if written else self
 
 
-def copy_of(x: Tensor) -> Tensor:
-    """x and all that lies around it, in other memory."""
+def copy_of(x: Tensor, device: torch.device | None = None) -> Tensor:
+    """x and all that lies around it, in other memory: of the device, or of x's own."""
     base = whole(x)
-    return base.clone().as_strided(x.shape, x.stride(), x.storage_offset() - base.storage_offset())
+    return base.to(device or x.device, copy=True).as_strided(
+        x.shape, x.stride(), x.storage_offset() - base.storage_offset()
+    )
 
 
 def whole(x: Tensor) -> Tensor:

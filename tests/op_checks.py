@@ -149,7 +149,8 @@ class GuardedMemory(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         like = torch.empty(*args, **{**kwargs, "device": "meta"})
         count = like.numel()
-        row = torch.full((count + 2 * self.GUARD,), SENTINEL).to(like.dtype)
+        device = (kwargs or {}).get("device")
+        row = torch.full((count + 2 * self.GUARD,), SENTINEL, device=device).to(like.dtype)
         row[self.GUARD : self.GUARD + count] = POISON if like.is_floating_point() else 255
         self.given.append((row, count))
         return row.as_strided(like.shape, like.stride(), self.GUARD)

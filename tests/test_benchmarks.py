@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attrfast import models
-from benchmarks import contenders, passes
+from attrfast import models, ops
+from benchmarks import contenders, gpu, gpu_picture, machine, passes, report
 from benchmarks.kernels import COPY, OURS, measure
 
 LAYERS = {"features.0": 8, "features.3": 8, "features.7": 16, "features.10": 16}
@@ -78,3 +78,46 @@ def test_kernels_are_measured_beside_a_copy_and_their_peers():
         torch.set_num_threads(threads)
     assert all({OURS, COPY} < case["seconds"].keys() for case in result["cases"])
     assert len(result["targets"]) == 4
+
+
+def test_the_gpu_benchmark_says_why_it_measures_nothing(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    gpu.main()
+    assert (
+        capsys.readouterr().out == "Nothing was measured: no GPU: torch.cuda.is_available() is False\n"
+    )
+
+
+def test_the_gpu_benchmark_on_the_cpu(tmp_path, monkeypatch):
+    """Its measurements, tables and picture, on tensors so small that the figures mean nothing."""
+    monkeypatch.setattr(gpu, "_compiled", lambda function, args: lambda: function(*args))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    ours = {"attrfast, cpu": ops.backend_for(torch.device("cpu"))}
+    rows = gpu.measure_kernels(ours, "cpu", [(1, 8, 8, 8)], rounds=1)
+    assert len(rows) == 60  # ten kernels, three dtypes, two memory formats
+    assert all({"attrfast, cpu", gpu.COMPILED, COPY} < row["seconds"].keys() for row in rows)
+    passes = [
+        gpu.measure_pass("vgg_small", 2, dtype, "cpu", rounds=1, batches=1) for dtype in ("fp32", "bf16")
+    ]
+    assert all(set(one["contenders"]) == set(contenders.NAMES) for one in passes)
+    result = {"machine": machine.facts() | {"gpu": "none"}, "kernels": rows, "passes": passes}
+    result["targets"] = [t for one in passes for t in gpu.judge_pass(one)]
+    assert {(t["quantity"], t["against"]) for t in result["targets"]} == {("time", "bare")}
+    report.write_markdown(gpu.sheets(result), "gpu.md", "# On a GPU\n", "gpu.png")
+    gpu_picture.draw(result, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    table = (tmp_path / "gpu.md").read_text()
+    assert "| VGG-small | 2 | fp32 | floor |" in table
+    assert "torch.compile" in table
+
+
+def test_a_kernel_is_judged_by_its_worst_large_tensor():
+    def row(size, ours, copy):
+        return {"op": "k", "bytes": size, "seconds": {"a": ours, "b": 9.0, COPY: copy}}
+
+    rows = [row(64 << 20, 1.0, 1.0), row(40 << 20, 1.2, 1.0), row(1 << 20, 5.0, 1.0)]
+    (verdict,) = gpu.judge_kernels(rows, ["a", "b"])
+    assert (verdict["ratio"], verdict["verdict"]) == (1.2, "missed")
+    (verdict,) = gpu.judge_kernels(rows[:1], ["a", "b"])
+    assert verdict["verdict"] == "held"

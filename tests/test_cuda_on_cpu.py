@@ -14,13 +14,16 @@ import pytest
 import torch
 from cuda_on_cpu import build
 from cuda_on_cpu.backend import EmulatedBackend
+from families import lived_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import BOUNDS, DTYPES, LAYOUTS, MUTATES, OPS, Call, calls, make_call, whole
 from op_checks import GuardedMemory, assert_close, exact, same_bits, unchanged
+from small_networks import Gated, Plain
 from test_ops_values import pairs, special
 
-from attrfast import reference
+import attrfast
+from attrfast import ops, reference
 from attrfast.cuda import CudaBackend
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="there is no C++ compiler, or no pybind11")
@@ -255,7 +258,7 @@ def test_many_taps_in_one_launch_give_what_each_gives_alone(
 ) -> None:
     shapes = [(2, 5), (3, 64, 4, 4), (2, 37, 6), (0, 3, 5), (2, 3, 0), (1, 2, 60, 40), (1, 1030, 2)]
     taps, wants = [], []
-    for i, shape in enumerate(shapes * 2):
+    for i, shape in enumerate(shapes * 3):  # more than one launch holds
         for dtype in DTYPES:
             layout = LAID[i % 2] if len(shape) > 2 else "contiguous"
             call = make_call("attribution", shape, dtype, layouts=(layout,), absolute=absolute, seed=i)
@@ -302,6 +305,23 @@ def test_a_segment_with_nan_is_nan_and_no_other(kind: str, gpu: EmulatedBackend)
     assert got[:3].isnan().all()
     assert got[3:5].isfinite().all()
     assert same_bits(got[5:], theta[5:])
+
+
+@pytest.mark.parametrize("network", [Plain, Gated])
+def test_a_whole_pass_gives_the_scores_of_the_cpu_s_kernels(
+    network: type[torch.nn.Module], machine: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = lived_in(network()).double()
+    loader = [(torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 2]))]
+    want = attrfast.attribute(model, loader, progress=False)
+    machine.forget()
+    machine.allow(0, (1 << 63) - 1, True)  # memory is watched in the ops' own tests
+    backend = CudaBackend(machine, lambda x: (0, 0))
+    monkeypatch.setattr(ops, "backend_for", lambda device: backend)
+    got = attrfast.attribute(model, loader, progress=False)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12)
 
 
 # -- errors -------------------------------------------------------------------------------------------------

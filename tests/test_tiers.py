@@ -9,9 +9,12 @@ from small_networks import NETWORKS, DataDependent
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attrfast import ops
+from attrfast.batches import main_output
 from attrfast.channels import Discovery, discover
 from attrfast.fused import PlanMismatchError
 from attrfast.graph import Plan
+from attrfast.plain import ReferenceBackend
 from attrfast.tiers import Runner
 from attrfast.trace import CONVOLUTIONS
 
@@ -116,6 +119,47 @@ def test_other_calls_than_the_recorded_ones_are_met_by_the_call_tier() -> None:
         ]
         assert_same(*results)
         assert (runner.plan is not None) == still_fast
+
+
+class _Together(ReferenceBackend):
+    """A backend that measures many flows in one call, as that of CUDA does."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def attributions(
+        self, taps: list[tuple[torch.Tensor, torch.Tensor]], absolute: bool
+    ) -> list[torch.Tensor]:
+        self.calls.append(len(taps))
+        return [self.attribution(x, g, absolute) for x, g in taps]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", [*NETWORKS, "resnet18", "mobilenet_v3_small", "densenet121"])
+def test_flows_that_wait_for_each_other_are_the_same(
+    name: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    if name in NETWORKS:
+        make, inputs = NETWORKS[name]
+        model, args = lived_in(make()).double(), tuple(x.double() for x in inputs(3))
+    else:
+        model, args = family(name).double(), (images_for(name, 2).double(),)
+    found = discover(model, args)
+    output = main_output(model(*args))
+    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+    results = []
+    for backend in (ReferenceBackend(), _Together()):
+        monkeypatch.setattr(ops, "backend_for", lambda device, backend=backend: backend)
+        runner = Runner(model, found, guided=False, absolute=False, fused=fused)
+        results.append(
+            runner.run(
+                lambda: model(*args), lambda out: (main_output(out) * weights).sum(), len(args[0])
+            )
+        )
+    if not fused:
+        assert max(backend.calls) > 1
+    assert_same(*results)
 
 
 class _Seen(TorchDispatchMode):

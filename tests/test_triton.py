@@ -52,35 +52,3 @@ def test_tensors_of_the_cpu_are_refused_outside_the_interpreter() -> None:
     with pytest.raises(BackendError, match=r"can't be used on a tensor on cpu: .* TRITON_INTERPRET=1"):
         TritonBackend().check_device("cpu")
     TritonBackend().check_device("cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
-def test_a_gpu_gives_the_numbers_of_the_definition(layout: str) -> None:
-    from op_cases import DTYPES, OPS, make_call
-    from op_checks import assert_close, exact
-
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    for op in OPS:
-        for dtype in DTYPES:
-            for shape in ((2, 3, 5, 7), (2, 64, 56, 56), (1, 70, 96, 98)):
-                call = make_call(op, shape, dtype, layouts=(layout,), attribute=2, coarse=True)
-                want, terms = exact(call)
-                there = call.with_args(**{name: x.cuda() for name, x in call.tensors.items()})
-                for result, expected, size in zip(there.run(), want, terms, strict=True):
-                    assert_close(result.cpu(), expected, size)
-
-
-@pytest.mark.gpu
-def test_calls_can_be_captured_in_a_graph() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    a, g = torch.randn(2, 4, 64, 96, 96, device="cuda").unbind()
-    backend = ops.backend_for(a.device)
-    want = backend.affine_relu_backward(a, g)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = backend.affine_relu_backward(a, g)
-    graph.replay()
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))

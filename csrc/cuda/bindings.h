@@ -107,15 +107,14 @@ inline void bind(pybind11::module_& m) {
                           {device, stream});
       },
       unlocked);
-  m.def("tap_table_bytes", &tap_table_bytes);
   m.def(
       "many_taps",
-      [](const std::vector<TapTuple>& tuples, bool absolute, Address table, int device, Address stream) {
+      [](const std::vector<TapTuple>& tuples, bool absolute, int device, Address stream) {
         std::vector<Tap> taps;
         for (const auto& [dtype, layout, n, c, p, x, g, s, stride] : tuples)
           taps.push_back(
               {static_cast<Dtype>(dtype), shape_of(n, c, p, layout), in(x), in(g), out(s), stride});
-        many_taps(taps, absolute, out(table), {device, stream});
+        many_taps(taps, absolute, {device, stream});
       },
       unlocked);
 }

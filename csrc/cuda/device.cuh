@@ -100,11 +100,5 @@ inline const char* zero(void* to, size_t bytes, uintptr_t stream) {
   return words(cudaMemsetAsync(to, 0, bytes, reinterpret_cast<cudaStream_t>(stream)));
 }
 
-// `from` may be freed as soon as this returns: the runtime copies pageable memory aside first.
-inline const char* upload(void* to, const void* from, size_t bytes, uintptr_t stream) {
-  return words(
-      cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, reinterpret_cast<cudaStream_t>(stream)));
-}
-
 }  // namespace attrfast::cuda
 #endif

@@ -43,8 +43,7 @@ struct Tap {
   int64_t stride;
 };
 
-int64_t tap_table_bytes(int64_t taps);
-// s = the attribution of every tap, in one launch; `table` is GPU memory of tap_table_bytes.
-void many_taps(const std::vector<Tap>& taps, bool absolute, void* table, const Queue&);
+// s = the attribution of every tap, 64 of them in a launch.
+void many_taps(const std::vector<Tap>& taps, bool absolute, const Queue&);
 
 }  // namespace attrfast::cuda

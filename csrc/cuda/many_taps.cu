@@ -3,12 +3,18 @@
 
 namespace attrfast::cuda {
 
-int64_t tap_table_bytes(int64_t taps) { return taps * static_cast<int64_t>(sizeof(TapWork)); }
-
-void many_taps(const std::vector<Tap>& taps, bool absolute, void* table, const Queue& queue) {
-  std::vector<TapWork> work;
+void many_taps(const std::vector<Tap>& taps, bool absolute, const Queue& queue) {
+  TapTable table = {};
   int64_t items = 0;
   int shared = 0;
+  const auto launch = [&](const Tap& last) {
+    if (table.count == 0) return;
+    run({"many_taps, the last", last.dtype, last.shape}, queue, many_taps_kernel, items,
+        shared + static_cast<int>(sizeof(TapHeader)), table, items, absolute);
+    table.count = 0;
+    items = 0;
+    shared = 0;
+  };
   for (const Tap& tap : taps) {
     check_sizes({"many_taps", tap.dtype, tap.shape});
     if (empty(tap.shape)) continue;
@@ -16,18 +22,14 @@ void many_taps(const std::vector<Tap>& taps, bool absolute, void* table, const Q
     Cut cut = cut_of(tap.shape, element, kWarp);
     // A block finishes its sums by itself: no second stage.
     cut.items /= cut.pieces;
-    work.push_back({tap.x, tap.g, tap.s, tap.shape.n, tap.shape.c, tap.shape.p, tap.stride, items, cut,
-                    tap.dtype, all_aligned(tap.x, tap.g)});
+    table.taps[table.count++] = {tap.x,       tap.g,      tap.s, tap.shape.n, tap.shape.c, tap.shape.p,
+                                 tap.stride,  items,      cut,   tap.dtype,   all_aligned(tap.x, tap.g)};
     items += cut.items;
     const int wanted = shared_of(cut, element, compute_bytes(tap.dtype));
     shared = wanted > shared ? wanted : shared;
+    if (table.count == kMostTaps) launch(tap);
   }
-  if (work.empty()) return;
-  const Call call = {"many_taps, the first", taps[0].dtype, taps[0].shape};
-  call.check(select_device(queue.device));
-  call.check(upload(table, work.data(), work.size() * sizeof(TapWork), queue.stream));
-  run(call, queue, many_taps_kernel, items, shared + static_cast<int>(sizeof(TapHeader)),
-      static_cast<const TapWork*>(table), static_cast<int>(work.size()), items, absolute);
+  if (!taps.empty()) launch(taps.back());
 }
 
 }  // namespace attrfast::cuda

@@ -6,7 +6,7 @@
 
 namespace attrfast::cuda {
 
-// A tap as the kernel reads it from a table in device memory.
+// A tap as the kernel reads it.
 struct TapWork {
   const void *x, *g;
   void* s;
@@ -16,6 +16,14 @@ struct TapWork {
   Cut cut;             // here a block finishes what it begins: `pieces` are worked off one after another
   int32_t dtype;
   int32_t aligned;
+};
+
+// All taps of a launch. They travel as its argument, not through memory: nothing has to outlive the call,
+// and a CUDA graph that captures the launch keeps them.
+constexpr int kMostTaps = 64;
+struct TapTable {
+  TapWork taps[kMostTaps];
+  int count;
 };
 
 template <class Op, int V>
@@ -77,16 +85,16 @@ struct alignas(16) TapHeader {
 
 // Blocks take items in a fixed order, and each item is summed the same way whoever takes it.
 __global__ void __launch_bounds__(kThreads)
-    many_taps_kernel(const TapWork* taps, int count, int64_t items, bool absolute) {
+    many_taps_kernel(const __grid_constant__ TapTable table, int64_t items, bool absolute) {
   TapHeader* header = reinterpret_cast<TapHeader*>(shared_memory());
   unsigned char* shared = shared_memory() + sizeof(TapHeader);
   const TapWork& tap = header->tap;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     if (threadIdx.x == 0) {
-      int low = 0, high = count;  // the last tap that begins at or before the item
+      int low = 0, high = table.count;  // the last tap that begins at or before the item
       while (high - low > 1) {
         const int middle = low + (high - low) / 2;
-        if (read(&taps[middle].first_item) <= item)
+        if (table.taps[middle].first_item <= item)
           low = middle;
         else
           high = middle;
@@ -97,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
     constexpr int kWords = sizeof(TapWork) / sizeof(uint64_t);
     if (threadIdx.x < kWords)
       reinterpret_cast<uint64_t*>(header)[threadIdx.x] =
-          read(reinterpret_cast<const uint64_t*>(taps + header->line) + threadIdx.x);
+          reinterpret_cast<const uint64_t*>(table.taps + header->line)[threadIdx.x];
     __syncthreads();
     const int64_t own = item - tap.first_item;
     switch (tap.dtype) {

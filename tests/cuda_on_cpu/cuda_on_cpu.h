@@ -20,6 +20,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct uint4 {
@@ -124,12 +125,6 @@ const char* start(void (*kernel)(Parameters...), int64_t blocks, int threads, in
 
 inline const char* zero(void* to, size_t bytes, uintptr_t) {
   std::memset(to, 0, bytes);
-  return nullptr;
-}
-
-inline const char* upload(void* to, const void* from, size_t bytes, uintptr_t) {
-  emulated::check_access(to, bytes, 16, true);
-  std::memcpy(to, from, bytes);
   return nullptr;
 }
 
