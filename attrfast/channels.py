@@ -86,42 +86,36 @@ def discover(
             "the model called no convolution of its own in the forward pass, so there is no filter to "
             "score; attrfast sees nn.Conv1d/2d/3d, their transposes, and nn.Linear applied to maps"
         )
-    units, ids = _collect(analysis)
+    units, unit_of = _collect(analysis)
     found = {}
     for value, place in channels.items():
-        row = torch.tensor([_unit_of(x, analysis, ids) for x in place.labels], dtype=torch.int64)
+        row = unit_of[list(place.labels)]
         if bool((row >= 0).any()):
             found[value] = (place.dim, row)
     return Discovery(units, record, found)
 
 
-def _unit_of(label: int, analysis: Analysis, ids: dict[int, int]) -> int:
-    return -1 if label == NONE else ids.get(analysis.labels.root(label), -1)
-
-
-def _collect(analysis: Analysis) -> tuple[Units, dict[int, int]]:
-    """The units, and the number of each by the root of its labels."""
+def _collect(analysis: Analysis) -> tuple[Units, torch.Tensor]:
+    """The units, and the unit of every label: -1 for none, and for `NONE` as well, which is the last."""
     labels = analysis.labels
-    read = {labels.root(x) for row in analysis.inputs.values() for x in row if x != NONE}
+    root = [labels.root(label) for label in range(len(labels.parent))]
+    read = {root[x] for row in analysis.inputs.values() for x in row if x != NONE}
     # A convolution that nothing reads makes the model's outputs: it is no candidate, and has no score.
     convs = [
         name
         for name in analysis.scored
-        if any(labels.root(x) in read for x in analysis.outputs[name])
-        or not any(labels.root(x) in labels.reasons for x in analysis.outputs[name])
+        if any(root[x] in read for x in analysis.outputs[name])
+        or not any(root[x] in labels.reasons for x in analysis.outputs[name])
     ]
     ids: dict[int, int] = {}
     for name in convs:
         for label in analysis.outputs[name]:
-            ids.setdefault(labels.root(label), len(ids))
+            ids.setdefault(root[label], len(ids))
+    unit_of = torch.tensor([ids.get(x, -1) for x in root] + [-1], dtype=torch.int64)
 
     def mapped(rows: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        out: dict[str, torch.Tensor] = {}
-        for name, row in rows.items():
-            units = [_unit_of(x, analysis, ids) for x in row]
-            if any(u >= 0 for u in units):
-                out[name] = torch.tensor(units, dtype=torch.int64)
-        return out
+        found = {name: unit_of[list(row)] for name, row in rows.items()}
+        return {name: row for name, row in found.items() if bool((row >= 0).any())}
 
     outputs = mapped(analysis.outputs)
     inputs = mapped(analysis.inputs)
@@ -141,7 +135,7 @@ def _collect(analysis: Analysis) -> tuple[Units, dict[int, int]]:
         size=size,
         frozen=tuple(frozen),
     )
-    return units, ids
+    return units, unit_of
 
 
 def _layers(

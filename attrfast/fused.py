@@ -73,6 +73,17 @@ class _Run:
         """Whether its backward kernel reads its output anyway, so that it can measure for nothing."""
         return self.clamps or self.pool is not None
 
+    def folds(self, g: Tensor) -> bool:
+        """Whether the weight takes the batch norm's scale on the way back.
+
+        Where the gradient has two ways to go, or no kernel runs over it, multiplying it would take a pass
+        and memory of its own. A weight that is no larger is multiplied for less.
+        """
+        if self.weight is None or self.scale is None or self.pool is not None:
+            return False
+        apart = self.stage.residual is not None or not self.clamps
+        return apart and self.branch is None and self.weight.numel() <= g.numel()
+
 
 class _Fused(torch.autograd.Function):
     """A stage: forward in place, backward with the attribution reduced on the way."""
@@ -103,13 +114,16 @@ class _Fused(torch.autograd.Function):
             through = None
         if not (to_x or to_residual or run.branch):
             return None, None, None, None
-        gz, g1, s = _backward(run, a, code, residual, g, through is not None)
+        scale, folded = run.scale, None
+        if to_x and run.folds(g):
+            scale, folded = None, run.scale
+        gz, g1, s = _backward(run, scale, a, code, residual, g, through is not None)
         for place in (through, run.branch):
             if place is not None:
                 run.matrix.add_sums(place[0], s, place[1])
         gx = None
         if to_x:
-            gx = gz if run.geometry is None else _input_gradient(run, gz)
+            gx = gz if run.geometry is None else _input_gradient(run, gz, folded)
         return gx, (g1 if to_residual else None), None, None
 
 
@@ -135,20 +149,31 @@ def _forward(run: _Run, residual: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 
 def _backward(
-    run: _Run, a: Tensor, code: Tensor | None, residual: Tensor | None, g: Tensor, attribute: bool
+    run: _Run,
+    scale: Tensor | None,
+    a: Tensor,
+    code: Tensor | None,
+    residual: Tensor | None,
+    g: Tensor,
+    attribute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for the convolution's output and for the residual, and the flow (N, C)."""
+    """Gradients for the convolution's output and for the residual, and the flow (N, C).
+
+    Args:
+        scale: of the batch norm, unless the convolution's weight takes it.
+    """
     backend = ops.backend_for(g.device)
     assert run.matrix is not None
     fresh = run.fresh and _is_dense(g) and not run.matrix.waits_for(g)
-    scale, bounds = run.scale, (run.lower, run.upper, run.guided and run.clamps)
+    bounds = run.lower, run.upper, run.guided and run.clamps
     if run.pool is not None:
         kernel, stride, padding, _ = run.pool
         gz, s = backend.affine_relu_max_pool_backward(
             a, code, g, scale, run.size, kernel, stride, padding, *bounds, attribute
         )
         return gz, g, s
-    if run.clamps and run.stage.residual is not None:
+    one = scale is None and run.branch is None and run.geometry is not None
+    if run.clamps and run.stage.residual is not None and not one:
         what = 2 if run.branch is not None else int(attribute)
         if fresh:
             gz, s = backend.affine_add_relu_backward_(a, g, residual, scale, *bounds, what)
@@ -159,7 +184,7 @@ def _backward(
         if fresh:
             return g, g, backend.affine_relu_backward_(a, g, scale, *bounds, attribute)
         gz, s = backend.affine_relu_backward(a, g, scale, *bounds, attribute)
-        return gz, g, s
+        return gz, gz, s
     if scale is None:
         return g, g, g
     if fresh and run.stage.residual is None:
@@ -178,12 +203,15 @@ def _is_dense(g: Tensor) -> bool:
     )
 
 
-def _input_gradient(run: _Run, gz: Tensor) -> Tensor:
+def _input_gradient(run: _Run, gz: Tensor, scale: Tensor | None) -> Tensor:
     assert run.x_like is not None
     assert run.geometry is not None
     assert run.weight is not None
     shape, strides, dtype = run.x_like
-    return input_gradient(gz, run.weight, shape, strides, run.geometry).to(dtype)
+    weight = run.weight
+    if scale is not None:
+        weight = (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+    return input_gradient(gz, weight, shape, strides, run.geometry).to(dtype)
 
 
 class PlanMode(TorchFunctionMode):
