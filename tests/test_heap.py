@@ -30,9 +30,8 @@ def test_the_first_pass_sets_the_limits_and_the_last_puts_them_back(
 ) -> None:
     with heap.kept_pages():
         assert calls == [(-3, 32 << 20), (-1, (1 << 31) - 1)]
-        with pytest.raises(KeyError), heap.kept_pages():
+        with heap.kept_pages():
             assert len(calls) == 2
-            raise KeyError
         assert len(calls) == 2
     assert calls[2:] == [(-1, 64 << 20)]
 
