@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from attrfast import saving
+
 
 @dataclass(frozen=True)
 class Step:
@@ -86,6 +88,33 @@ class PruneResult:
         text = io.StringIO()
         Console(file=text, width=112, color_system=None).print(table)
         return text.getvalue().rstrip()
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the pruned model: weights as safetensors, and a recipe to build the layers around them.
+
+        `attrfast.load(path, model_fn)` reads them again, anywhere. Saving into the same folder again
+        replaces what is there; `model` may have been trained on or moved since.
+
+        Args:
+            path: a folder, made if need be. It gets `weights.safetensors` (parameters and persistent
+                buffers, contiguous, in their dtypes) and `recipe.json` (kinds and widths of all modules,
+                gates, history, versions, checksums).
+
+        Returns:
+            The folder.
+
+        Raises:
+            ModelError: the model holds what a file of tensors can't hold.
+            InputError: the folder can't be written.
+        """
+        return saving.save(
+            path,
+            self.model,
+            criterion=self.criterion,
+            stopped=self.stopped,
+            history=[dataclasses.asdict(row) for row in self.history],
+            gates=self.gates,
+        )
 
     def save_history(self, path: str | Path) -> None:
         """Writes the history as JSON: a list of rows."""
