@@ -16,6 +16,7 @@ from attrfast.errors import (
 )
 from attrfast.evaluate import Evaluation, evaluate
 from attrfast.finetune import FineTune
+from attrfast.measure import Measurement
 from attrfast.pruner import prune
 from attrfast.recipe import Recipe
 from attrfast.result import PruneResult, Step
@@ -31,6 +32,7 @@ __all__ = [
     "Evaluation",
     "FineTune",
     "InputError",
+    "Measurement",
     "ModelError",
     "NumericalError",
     "PruneResult",
