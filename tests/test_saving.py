@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +412,41 @@ def test_a_recipe_that_was_forged_is_refused(copied: Path, forgery: str) -> None
         attrfast.load(copied, lambda: model)
     assert str(model) == str(Plain())
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def places(node: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path to every value in nested dicts and lists."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in pairs:
+        yield (*above, key)
+        yield from places(value, (*above, key))
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], {"a": 1}], ids=repr)
+def test_whatever_a_recipe_says_the_model_is_the_saved_one_or_refused(copied: Path, value: Any) -> None:
+    """Every entry of the recipe in turn, replaced; all checksums right."""
+    original = (copied / "recipe.json").read_text()
+    want = attrfast.load(copied, Plain)
+    refused = 0
+    for path in places(json.loads(original)):
+        if path == ("checksum",):
+            continue
+
+        def change(raw: dict[str, Any], path: tuple[Any, ...] = path) -> None:
+            for key in path[:-1]:
+                raw = raw[key]
+            raw[path[-1]] = value
+
+        (copied / "recipe.json").write_text(original)
+        rewritten(copied, change)
+        try:
+            got = attrfast.load(copied, Plain)
+        except attrfast.InputError:
+            refused += 1
+        else:
+            assert str(got) == str(want), path
+            assert torch.equal(got(IMAGES), want(IMAGES))
+    assert refused > 50
 
 
 def reweighted(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
