@@ -68,6 +68,8 @@ _LAYERS: dict[type[nn.Module], tuple[tuple[str, ...], Callable[[nn.Module, Width
     nn.PReLU: (("num_parameters",), _prelu),
 }
 
+_REMEDY = "build the model that was pruned"
+
 # Settings that matter in training alone: a model may be loaded with others.
 _TRAINING_ONLY = frozenset({"inplace", "momentum", "p"})
 
@@ -142,9 +144,6 @@ def require_fit(model: nn.Module, forms: Mapping[str, Form]) -> None:
                     f"{where} a {mine.kind} with {key}={mine.settings[key]}, and {key}="
                     f"{form.settings[key]} in the recipe; {_REMEDY}"
                 )
-
-
-_REMEDY = "build the model that was pruned"
 
 
 def same_names(what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

@@ -184,7 +184,7 @@ def prune(
         loop.best_gates,
         rule.name,
         stopped,
-        original=None if inplace else user_model,
+        original=None if inplace else model,
     )
 
 

@@ -61,8 +61,9 @@ class PruneResult:
         gates: convolution -> (filters of the original,) bool, true for those that are left.
         criterion: name of the criterion.
         stopped: why the loop ended, in words.
-        original: the model that `prune` was given, itself and not a copy; None where it was pruned in
-            place. It is kept for `measure`: set it to None to free its memory.
+        original: the model that `prune` was given, itself and not a copy (that under the wrapper of
+            torch.compile); None where it was pruned in place. It is kept for `measure`: set it to None
+            to free its memory.
     """
 
     model: nn.Module

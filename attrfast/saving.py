@@ -45,7 +45,7 @@ def save(
 ) -> Path:
     """Writes a pruned model, see `PruneResult.save`."""
     folder = Path(folder)
-    model = unwrapped(model)
+    model = _unwrapped(model)
     state = tensors(model)
     shared = _shared(state)
     _require_describable(model, state)
@@ -68,20 +68,27 @@ def save(
         weights=(len(data), hashlib.sha256(data).hexdigest()),
         versions={"attrfast": metadata.version("attrfast"), "torch": str(torch.__version__)},
     )
-    text = recipe.to_json().encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Both are whole before either takes its place, so a full disk spoils nothing.
-        parts = [(folder / name, folder / f"{name}.part") for name in (WEIGHTS, RECIPE)]
-        for (_, part), content in zip(parts, (data, text), strict=True):
-            part.write_bytes(content)
-        for place, part in parts:
-            os.replace(part, place)
+        _replace(folder, {WEIGHTS: data, RECIPE: recipe.to_json().encode()})
     except OSError as error:
         raise InputError(
             f"the model can't be saved in {folder}: {error}; give another folder"
         ) from error
     return folder
+
+
+def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
+    """All are whole before the first takes its place, so a full disk spoils nothing."""
+    parts = {name: folder / f"{name}.part" for name in files}
+    try:
+        for name, part in parts.items():
+            part.write_bytes(files[name])
+        for name, part in parts.items():
+            os.replace(part, folder / name)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def load(path: str | Path, model_fn: Callable[[], nn.Module] | nn.Module) -> nn.Module:
@@ -155,7 +162,7 @@ def _read_weights(file: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
 def _built(model_fn: Callable[[], nn.Module] | nn.Module) -> nn.Module:
     if isinstance(model_fn, nn.Module):
         try:
-            return copy.deepcopy(unwrapped(model_fn))
+            return copy.deepcopy(_unwrapped(model_fn))
         except Exception as error:
             raise InputError(
                 f"the model can't be copied ({error}); give a function that builds it"
@@ -170,10 +177,10 @@ def _built(model_fn: Callable[[], nn.Module] | nn.Module) -> nn.Module:
         raise InputError(f"model_fn() raised {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"model_fn() must return a torch.nn.Module, got a {type(made).__name__}")
-    return unwrapped(made)
+    return _unwrapped(made)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> nn.Module:
     """The model under torch.compile's wrapper."""
     inside: nn.Module = getattr(model, "_orig_mod", model)
     return inside
@@ -245,14 +252,14 @@ class _Placement:
                 )
 
     def carry_out(self) -> None:
-        """Sets widths and tensors; what could fail was checked before."""
+        """Sets widths and tensors; what could fail was checked, or comes before the first of them."""
+        ready = {n: w.to(self._state[n].device, copy=True) for n, w in self._weights.items()}
         set_widths(self._model, self._recipe.modules)
         holders: dict[int, int] = {}
         for tensor in self._state.values():
             holders[id(tensor)] = holders.get(id(tensor), 0) + 1
         for source, names in self._groups.items():
-            old = self._state[source]
-            new = self._weights[source].to(old.device, copy=True)
+            old, new = self._state[source], ready[source]
             if holders[id(old)] == len(names):
                 old.data = new
                 continue

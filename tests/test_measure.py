@@ -134,6 +134,12 @@ def _named(row: Comparison) -> list[tuple[str, Latency]]:
     return [("original", row.original), ("pruned", row.pruned)]
 
 
+def test_the_original_is_the_model_under_a_wrapper() -> None:
+    """Compiled, it would not be compared with its like."""
+    model = lived_in(Plain())
+    assert pruned(torch.compile(model, backend="eager")).original is model
+
+
 def test_units_of_the_summary() -> None:
     def row(size: int, seconds: float, memory: int) -> Comparison:
         return Comparison(

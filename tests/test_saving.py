@@ -422,7 +422,7 @@ def places(node: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(value, (*above, key))
 
 
-@pytest.mark.parametrize("value", [None, 3, "x", [], {"a": 1}], ids=repr)
+@pytest.mark.parametrize("value", [None, 3, {"a": 1}], ids=repr)
 def test_whatever_a_recipe_says_the_model_is_the_saved_one_or_refused(copied: Path, value: Any) -> None:
     """Every entry of the recipe in turn, replaced; all checksums right."""
     original = (copied / "recipe.json").read_text()
@@ -483,6 +483,22 @@ def test_weights_that_were_forged_are_refused(copied: Path, forgery: str) -> Non
     reweighted(copied, change)
     with pytest.raises(attrfast.InputError, match=reason):
         attrfast.load(copied, Plain)
+
+
+def test_names_that_stand_for_one_tensor_cannot_be_forged(tmp_path: Path) -> None:
+    _, result = shared_result()
+    result.save(tmp_path)
+    rewritten(tmp_path, lambda raw: raw["shared"].update({"again.weight": "nothing"}))
+    with pytest.raises(
+        attrfast.InputError, match=r"nothing under the name that stands for again\.weight"
+    ):
+        attrfast.load(tmp_path, Shared)
+    rewritten(tmp_path, lambda raw: raw["shared"].pop("again.weight"))
+    reweighted(
+        tmp_path, lambda weights: weights.update({"again.weight": weights["norm.weight"].clone()})
+    )
+    with pytest.raises(attrfast.InputError, match=r"norm\.weight and again\.weight were two tensors"):
+        attrfast.load(tmp_path, Shared)
 
 
 def test_no_pickle_is_opened(copied: Path) -> None:
@@ -607,3 +623,4 @@ def test_a_save_that_fails_leaves_the_older_one(copied: Path, monkeypatch: pytes
     with pytest.raises(attrfast.InputError, match="No space left"):
         result.save(copied)
     assert str(attrfast.load(copied, Plain)) == str(before)
+    assert len(list(copied.iterdir())) == 2, "no halves are left lying about"
