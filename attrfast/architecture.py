@@ -138,7 +138,7 @@ def require_fit(model: nn.Module, forms: Mapping[str, Form]) -> None:
                     f"recipe, which pruning can't have made of it; {_REMEDY}"
                 )
         # Settings that only one of two versions of torch lists are no difference.
-        for key in form.settings.keys() & mine.settings.keys():
+        for key in sorted(form.settings.keys() & mine.settings.keys()):
             if form.settings[key] != mine.settings[key]:
                 raise InputError(
                     f"{where} a {mine.kind} with {key}={mine.settings[key]}, and {key}="

@@ -101,7 +101,7 @@ class Measurement:
             title=f"{self.device}, threads: {self.threads}, torch {self.torch}, rounds: {rounds}",
             title_justify="left",
         )
-        for name in ("batch", "original", "pruned", "faster", "original", "pruned"):
+        for name in ("batch", "original", "pruned", "faster", "memory before", "after"):
             table.add_column(name, justify="right")
         table.add_row("weights", "", "", "", *map(_bytes, self.weights))
         for row in self.rows:

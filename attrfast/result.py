@@ -112,7 +112,7 @@ class PruneResult:
 
         Raises:
             ModelError: the model holds what a file of tensors can't hold.
-            InputError: the folder can't be written.
+            InputError: the folder can't be written, or `gates` and `model` don't belong together.
         """
         return saving.save(
             path,

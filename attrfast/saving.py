@@ -68,9 +68,11 @@ def save(
         weights=(len(data), hashlib.sha256(data).hexdigest()),
         versions={"attrfast": metadata.version("attrfast"), "torch": str(torch.__version__)},
     )
+    text = recipe.to_json()
+    Recipe.from_json(text)  # what can't be read is not written
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder, {WEIGHTS: data, RECIPE: recipe.to_json().encode()})
+        _replace(folder, {WEIGHTS: data, RECIPE: text.encode()})
     except OSError as error:
         raise InputError(
             f"the model can't be saved in {folder}: {error}; give another folder"

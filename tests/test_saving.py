@@ -593,6 +593,24 @@ def test_attributes_that_lie_are_refused_when_saving(tmp_path: Path) -> None:
         result.save(tmp_path)
 
 
+def test_a_model_that_is_not_the_one_with_these_gates_is_refused_when_saving(tmp_path: Path) -> None:
+    result = cut_down(lived_in(Plain()), (IMAGES,))
+    result.model = Plain()
+    with pytest.raises(attrfast.InputError, match=r"features\.\d has \d+ filters, though"):
+        result.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    """A layer without outputs is legal in torch, and no width that a recipe may give."""
+    result = cut_down(lived_in(Plain()), (IMAGES,))
+    with pytest.warns(UserWarning, match="zero-element"):
+        result.model.nothing = nn.Linear(3, 0)
+    with pytest.raises(attrfast.InputError, match="out_features must be a whole number of at least 1"):
+        result.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_tensors_that_safetensors_cannot_hold_are_refused(tmp_path: Path) -> None:
     result = cut_down(lived_in(Plain()), (IMAGES,))
     result.model.register_buffer("sparse", torch.eye(3).to_sparse())
