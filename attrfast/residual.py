@@ -7,10 +7,11 @@ no part. Must not know why a branch goes.
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,6 @@ log = logging.getLogger(__name__)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 _AFFINE = (*_WEIGHTED, nn.modules.batchnorm._BatchNorm)
-_DROPOUT = nn.modules.dropout._DropoutNd
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,12 @@ def _hooked(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in hooks)
 
 
+def _is_sequence(module: nn.Module) -> bool:
+    return type(module).forward is nn.Sequential.forward and not _hooked(module)
+
+
 def _graph(module: nn.Module) -> fx.Graph | None:
-    if type(module).forward is nn.Sequential.forward or _hooked(module):
+    if _hooked(module):
         return None
     try:
         return _OwnForward().trace(module)
@@ -176,19 +180,50 @@ def _branch(owner: str, module: nn.Module, addition: _Addition) -> ResidualBranc
 
 
 def _last(module: nn.Module, node: fx.Node) -> str | None:
-    """Name of the layer that makes a node's value, past what passes zeros and factors on."""
-    while node.op == "call_module":
-        name = str(node.target)
-        child = module.get_submodule(name)
-        while type(child).forward is nn.Sequential.forward and len(child) and not _hooked(child):
-            key, child = list(child.named_children())[-1]
-            name = f"{name}.{key}"
-        if isinstance(child, _AFFINE) and not _hooked(child) and child.weight is not None:
-            return name
-        if not isinstance(child, (nn.Identity, _DROPOUT)) or name != str(node.target):
+    """Name of the layer that makes a node's value, past whatever makes zeros of zeros."""
+    while True:
+        if node.op == "call_module":
+            name = str(node.target)
+            child = module.get_submodule(name)
+            while (inside := list(child.named_children())) and _is_sequence(child):
+                key, child = inside[-1]
+                name = f"{name}.{key}"
+            if isinstance(child, _AFFINE) and not _hooked(child) and child.weight is not None:
+                return name
+        if len(node.all_input_nodes) != 1 or not _keeps_zeros(module, node):
             return None
         (node,) = node.all_input_nodes
-    return None
+
+
+def _keeps_zeros(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a step of one input and no parameters makes zeros of zeros."""
+    (source,) = node.all_input_nodes
+    step: Callable[..., Any]
+    if node.op == "call_module":
+        child = module.get_submodule(str(node.target))
+        if any(True for _ in child.parameters()):
+            return False
+        step = copy.deepcopy(child).cpu()
+    elif node.op == "call_method":
+        step = getattr(torch.Tensor, str(node.target))
+    elif callable(node.target):
+        step = node.target
+    else:
+        return False
+    for shape in ((2, 4, 8, 8), (2, 4, 8), (2, 4, 8, 8, 8), (2, 4)):
+        arguments = _with(torch.zeros(shape), source, (node.args, node.kwargs))
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                out = step(*arguments[0], **arguments[1])
+        except Exception:  # the step takes another number of dimensions
+            continue
+        return isinstance(out, torch.Tensor) and not bool(out.any())
+    return False
+
+
+def _with(value: torch.Tensor, source: fx.Node, arguments: Any) -> Any:
+    """Arguments of a step, with a tensor in the place of the step that they come from."""
+    return fx.node.map_arg(arguments, lambda node: value if node is source else node)
 
 
 def take_out(model: nn.Module, branch: ResidualBranch) -> None:
@@ -199,9 +234,10 @@ def take_out(model: nn.Module, branch: ResidualBranch) -> None:
     Raises:
         ModelError: the owner has no such branch.
     """
-    module = model.get_submodule(branch.owner)
-    graph = _graph(module)
+    module = dict(model.named_modules()).get(branch.owner)
+    graph = _graph(module) if module is not None else None
     for node in graph.nodes if graph is not None else ():
+        assert module is not None
         addition = _addition(node, module)
         if addition is None or _branch(branch.owner, module, addition) != branch:
             continue
