@@ -44,6 +44,8 @@ def gaussian_kl(mean: torch.Tensor, log_std: torch.Tensor, prior_std: float) -> 
 class Variational(TrainedCriterion):
     """sqrt(mean^2 + std^2) of the unit's saliency; zero where both are below their thresholds.
 
+    The highest of a layer stays in any case.
+
     In every step of pruning, batch norms compute saliency * (sign * x_hat + shift) with the saliency
     drawn anew for every batch. Minimised is the mean loss plus the KL divergence from the prior, divided
     by the number of samples. At the end the means take the saliencies' place.
@@ -132,12 +134,15 @@ class _Posterior(Phase):
     @torch.no_grad()
     def finish(self) -> Learnt:
         options, mean, std = self.options, self.mean.detach(), self.log_std.detach().exp()
+        importance = (mean.square() + std.square()).sqrt()
         gone = self.free & (mean.abs() < options.max_mean) & (std < options.max_std)
+        for layer in self.trainee.units.layers:
+            mine = list(layer.units)
+            if bool(gone[mine].all()):  # without any, nothing would pass the layer
+                gone[mine[int(importance[mine].argmax())]] = False
         self.close()
         fold_into_readers(self.trainee.model, self.trainee.units, (~gone).to(self.trainee.dtype))
-        second_moment = mean.square() + std.square()
-        importance = torch.where(gone, 0.0, second_moment.sqrt())
-        return Learnt(importance.cpu().double())
+        return Learnt(torch.where(gone, 0.0, importance).cpu().double())
 
     @torch.no_grad()
     def close(self) -> None:
