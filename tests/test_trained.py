@@ -463,7 +463,7 @@ def test_the_geometric_medians_criterion_adds_up_distances(name: str) -> None:
 def test_every_criterion_reaches_a_budget_and_leaves_the_model(name: str) -> None:
     model = residual_network()
     before = copy.deepcopy(model.state_dict())
-    result = prune(model, criterion=TRAINED.get(name, name), max_macs=0.6)
+    result = prune(model, criterion=TRAINED.get(name, name), max_macs=0.6, filters_per_step=20)
     first, last = result.history[0], result.history[-1]
     assert last.macs <= 0.6 * first.macs
     assert result.criterion == name
@@ -549,7 +549,7 @@ def test_a_factor_of_zero_removes_its_residual_block() -> None:
         model.layer2[1].bn2.weight.zero_()
         model.layer2[1].bn2.bias.zero_()
     model.layer2[1].bn2.requires_grad_(False)
-    options = SSS(epochs=10, lr=0.05, gamma=0.2, weight_decay=0.0)
+    options = SSS(epochs=15, lr=0.05, gamma=0.3, momentum=0.5, schedule="constant")
     result = prune(model, criterion=options, finetune=0)
     for conv in ("layer2.1.conv1", "layer2.1.conv2"):
         assert not bool(result.gates[conv].any())
@@ -602,7 +602,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_model(tmp_path: Path, criterion
             DataLoader(data, batch_size=12, shuffle=True),
             criterion=criterion,
             max_macs=0.35,
-            filters_per_step=8,
+            filters_per_step=30,
             output_dir=tmp_path / folder,
             **options,
         )
