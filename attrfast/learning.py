@@ -10,7 +10,7 @@ from torch import nn
 
 from attrfast.batches import unpack
 from attrfast.criteria import Learnt, TrainedCriterion, Trainee
-from attrfast.errors import ModelError
+from attrfast.errors import ModelError, NumericalError
 from attrfast.finetune import FineTune, fine_tune
 from attrfast.objective import LossFunction
 from attrfast.residual import ResidualBranch
@@ -41,7 +41,7 @@ def learn(
 
     Raises:
         ModelError: a layer can't be trained by this criterion, or nothing can be trained at all.
-        NumericalError: the loss is not finite.
+        NumericalError: the loss, a parameter or an importance is not finite.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(
@@ -63,6 +63,13 @@ def learn(
     phase = criterion.begin(Trainee(model, units, branches, samples))
     try:
         fine_tune(model, loader, how, step=step, loss_fn=loss_fn, device=device, seed=seed, phase=phase)
-        return phase.finish()
+        learnt = phase.finish()
     finally:
         phase.close()
+    for name, tensor in (*model.named_parameters(), ("importance", learnt.importance)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumericalError(
+                f"{name} is not finite after training by the criterion {criterion.name!r} in step {step}; "
+                f"lower its lr ({criterion.lr:g})"
+            )
+    return learnt

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from attrfast import checkpoint as checkpoints
 from attrfast.batches import Batch, reiterable, resolve_device, unpack
 from attrfast.checkpoint import Checkpoint, fingerprint
-from attrfast.criteria import Criterion
+from attrfast.criteria import Criterion, TrainedCriterion
 from attrfast.engine import attribute, check_options
 from attrfast.errors import AttrfastError, InputError
 from attrfast.evaluate import Evaluation, evaluate
@@ -93,7 +93,8 @@ def prune(
         final_finetune: the same, once more after the last step.
         loss_fn: `loss_fn(output, batch)` in place of the cross-entropy, in evaluation, fine-tuning and
             the criteria that measure a loss.
-        normalize, reduction, max_batches, microbatch, amp_dtype: of scoring, see `attribute`.
+        normalize, reduction, max_batches, microbatch, amp_dtype: of scoring, see `attribute`; all but
+            the first without effect on a criterion that trains.
         device: run there; None: where the model is.
         round_to: widths of pruned layers are multiples of this.
         min_filters: how many filters every convolution keeps at least.
@@ -144,6 +145,8 @@ def prune(
             round_to=round_to,
             ignore=ignore,
         )
+        if isinstance(rule, TrainedCriterion):
+            now.spare(rule.unscorable(now.model, now.found.units))
     targets = asked.of(now.size())
     now.check_reachable(targets)
     count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
@@ -296,7 +299,8 @@ class _Loop:
     @property
     def trained(self) -> bool:
         """Whether the criterion trains before it ranks."""
-        return bool(self.scoring["criterion"].trains)
+        rule = self.scoring["criterion"]
+        return isinstance(rule, TrainedCriterion) and rule.trains
 
     @property
     def once(self) -> bool:
@@ -331,7 +335,8 @@ class _Loop:
             device=self.device,
             seed=seed,
         )
-        return normalized(learnt.importance, found.units, self.scoring["normalize"]), learnt.idle
+        kind = self.scoring["normalize"] if rule.per_layer else None
+        return normalized(learnt.importance, found.units, kind), learnt.idle
 
     def _tune(self, how: Any, step: int) -> None:
         fine_tune(

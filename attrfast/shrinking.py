@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -102,6 +102,27 @@ class Shrinking:
             row = units.filters[name]
             free[row[row >= 0]] = False
         return free
+
+    def spare(self, layers: Mapping[str, str]) -> None:
+        """Leaves layers whole from now on.
+
+        Args:
+            layers: name of a layer -> why.
+
+        Raises:
+            ModelError: nothing is left that can be pruned.
+        """
+        by_name = {layer.name: layer for layer in self.found.units.layers}
+        reasons: dict[str, list[str]] = {}
+        for name, why in layers.items():
+            if not self.whole.issuperset(by_name[name].convs):
+                self.whole.update(by_name[name].convs)
+                reasons.setdefault(why, []).append(name)
+        told = [f"{_list(names)}: {why}" for why, names in reasons.items()]
+        if told and not bool(self._allowed().any()):
+            raise ModelError(f"no layer of the model can be pruned: {'; '.join(told)}")
+        for text in told:
+            warnings.warn(f"left whole: {text}", stacklevel=3)
 
     def may_go(self) -> Discovery:
         """The units as they are now, those that `ignore` spares frozen like the others that must stay."""

@@ -221,7 +221,7 @@ def test_a_nested_branch_goes_with_the_one_around_it() -> None:
     model = network(Nested)
     outer, inner = branches(model)
     take_out(model, outer)
-    with pytest.raises(ModelError, match="block.inner"):
+    with pytest.raises(ModelError, match=r"block\.inner"):
         take_out(model, inner)
 
 

@@ -78,7 +78,7 @@ TRAINED: dict[str, TrainedCriterion] = {
 }
 
 
-# -- sss -----------------------------------------------------------------------------------------------------
+# -- sss ------------------------------------------------------------------------------------------------
 
 
 def test_a_step_is_that_of_accelerated_proximal_gradient() -> None:
@@ -90,9 +90,7 @@ def test_a_step_is_that_of_accelerated_proximal_gradient() -> None:
     factors, velocity = torch.ones(6).double(), torch.zeros(6).double()
     x, y = [1.0] * 6, [1.0] * 6
     for _ in range(60):
-        apg_step(
-            factors, velocity, hessian @ (factors - shift), lr=lr, momentum=momentum, gamma=gamma
-        )
+        apg_step(factors, velocity, hessian @ (factors - shift), lr=lr, momentum=momentum, gamma=gamma)
         grad = [sum(float(hessian[i, j]) * (y[j] - float(shift[j])) for j in range(6)) for i in range(6)]
         before = x
         x = []
@@ -111,7 +109,9 @@ def test_steps_end_where_zero_is_best_exactly_at_zero() -> None:
     for _ in range(500):
         grad = curvature * (factors - minimum)
         apg_step(factors, velocity, grad, lr=0.1, momentum=0.5, gamma=0.4)
-    expected = [math.copysign(max(abs(m) - 0.4 / c, 0), m) for m, c in zip(minimum, curvature, strict=True)]
+    expected = [
+        math.copysign(max(abs(m) - 0.4 / c, 0), m) for m, c in zip(minimum, curvature, strict=True)
+    ]
     assert factors.tolist() == pytest.approx(expected, abs=1e-9)
     assert [value == 0 for value in factors.tolist()] == [True, False, False, True]
 
@@ -158,10 +158,10 @@ def test_one_training_step_moves_weights_and_factors_by_their_own_rules() -> Non
         hooks.append(
             by_hand.get_submodule(name).register_forward_pre_hook(
                 lambda m, args, row=row: (
-                    args[0] * units[row].view((1, -1) + (1,) * (args[0].dim() - 2)),
+                    (args[0] * units[row].view((1, -1) + (1,) * (args[0].dim() - 2)),)
+                    if bool((row >= 0).all())
+                    else None
                 )
-                if bool((row >= 0).all())
-                else None
             )
         )
     for index, branch in enumerate(work.branches):
@@ -186,10 +186,12 @@ def test_a_soft_threshold_is_the_proximal_operator_of_the_absolute_value() -> No
     grid = torch.linspace(-3, 3, 60001, dtype=torch.float64)
     for z in (-2.0, -0.3, 0.0, 0.69, 0.71, 1.5):
         best = grid[(0.5 * (grid - z).square() + 0.7 * grid.abs()).argmin()]
-        assert float(soft_threshold(torch.tensor(z).double(), 0.7)) == pytest.approx(float(best), abs=1e-4)
+        assert float(soft_threshold(torch.tensor(z).double(), 0.7)) == pytest.approx(
+            float(best), abs=1e-4
+        )
 
 
-# -- folding -------------------------------------------------------------------------------------------------
+# -- folding --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -219,7 +221,9 @@ def test_folded_factors_compute_the_same(name: str) -> None:
     if name != "fixed view":  # which is found out by running it
         with torch.no_grad():
             torch.testing.assert_close(smaller(*data), got, rtol=1e-12, atol=1e-12)
-            assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
+            assert sum(p.numel() for p in smaller.parameters()) < sum(
+                p.numel() for p in model.parameters()
+            )
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Linear(8, 4), nn.BatchNorm2d(3)])
@@ -235,10 +239,12 @@ def test_an_output_factor_is_folded_into_weight_and_bias(layer: nn.Module) -> No
             torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-14)
 
 
-# -- variational ---------------------------------------------------------------------------------------------
+# -- variational ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mean", "std", "prior"), [(0.7, 0.2, 0.5), (-0.1, 0.05, 0.05), (0.0, 1.0, 0.3)])
+@pytest.mark.parametrize(
+    ("mean", "std", "prior"), [(0.7, 0.2, 0.5), (-0.1, 0.05, 0.05), (0.0, 1.0, 0.3)]
+)
 def test_the_divergence_is_that_of_samples(mean: float, std: float, prior: float) -> None:
     """KL(q || p) is the mean over samples of q of log q - log p; five standard errors are allowed."""
     generator = torch.Generator().manual_seed(0)
@@ -309,7 +315,9 @@ def test_units_go_whose_mean_and_deviation_are_both_small() -> None:
         unit = layer.units[index]
         assert (float(importance[unit]) == 0) == gone
         if not gone:
-            assert float(importance[unit]) == pytest.approx(math.hypot(means[unit], stds[unit]), rel=1e-5)
+            assert float(importance[unit]) == pytest.approx(
+                math.hypot(means[unit], stds[unit]), rel=1e-5
+            )
 
 
 def test_a_layer_of_small_saliencies_keeps_its_highest() -> None:
@@ -321,7 +329,7 @@ def test_a_layer_of_small_saliencies_keeps_its_highest() -> None:
         assert int((importance[list(layer.units)] > 0).sum()) == 1
 
 
-# -- soft ----------------------------------------------------------------------------------------------------
+# -- soft -----------------------------------------------------------------------------------------------
 
 
 def test_the_lowest_share_of_every_layer_is_chosen() -> None:
@@ -382,7 +390,7 @@ def test_filters_come_back_after_they_were_set_to_zero() -> None:
     assert torch.equal(learnt.importance == 0, choices[-1])
 
 
-# -- batch norms' scales ---------------------------------------------------------------------------------------
+# -- batch norms' scales --------------------------------------------------------------------------------
 
 
 def test_scales_of_all_batch_norms_of_a_unit_are_added_up() -> None:
@@ -399,15 +407,22 @@ def test_scales_of_all_batch_norms_of_a_unit_are_added_up() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["bn_scale", "variational", BNScale(sparsity=1e-3, epochs=1)])
-def test_filters_without_a_batch_norm_are_named_and_may_be_ignored(criterion: Any) -> None:
+def test_layers_without_batch_norms_are_named_and_left_whole(criterion: Any) -> None:
     torch.manual_seed(0)
     model = lived_in(Plain())
     images = [(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]))]
-    with pytest.raises(attrfast.ModelError, match=r"features\.7"):
-        prune(model, images, criterion=criterion, keep_ratio=0.8)
-    result = prune(model, images, criterion=criterion, keep_ratio=0.8, ignore="features.7")
+    with pytest.warns(UserWarning, match=r"left whole: features\.7: no batch norm"):
+        result = prune(model, images, criterion=criterion, keep_ratio=0.8)
     assert result.history[-1].phi <= 0.8
     assert bool(result.gates["features.7"].all())
+    with pytest.raises(attrfast.ModelError, match=r"no layer .*first.*no batch norm"):
+        prune(lived_in(NETWORKS["functional"][0]()), images, criterion=criterion, keep_ratio=0.8)
+
+
+def test_scores_of_filters_without_batch_norms_are_refused() -> None:
+    data = [(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]))]
+    with pytest.raises(attrfast.ModelError, match=r"features\.7"):
+        attrfast.attribute(lived_in(Plain()), data, criterion="bn_scale", progress=False)
 
 
 def test_the_subgradient_of_the_scales_joins_the_losss() -> None:
@@ -429,7 +444,7 @@ def test_the_subgradient_of_the_scales_joins_the_losss() -> None:
         torch.testing.assert_close(p.grad, before[name] + added, rtol=1e-12, atol=0)
 
 
-# -- geometric median ------------------------------------------------------------------------------------------
+# -- geometric median -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -456,7 +471,7 @@ def test_the_geometric_medians_criterion_adds_up_distances(name: str) -> None:
     assert scores.importance.tolist() == pytest.approx(expected, rel=1e-10)
 
 
-# -- prune -----------------------------------------------------------------------------------------------------
+# -- prune ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*TRAINED, "fpgm"])
@@ -524,7 +539,7 @@ def test_seeds_decide() -> None:
     assert not torch.equal(a(images), c(images))
 
 
-# -- residual blocks ---------------------------------------------------------------------------------------------
+# -- residual blocks ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -555,7 +570,9 @@ def test_a_factor_of_zero_removes_its_residual_block() -> None:
         assert not bool(result.gates[conv].any())
     names = dict(result.model.named_modules())
     assert not any(name.startswith(("layer2.1.conv", "layer2.1.bn")) for name in names)
-    assert sum(result.history[1].removed.values()) == result.history[0].filters - result.history[1].filters
+    assert (
+        sum(result.history[1].removed.values()) == result.history[0].filters - result.history[1].filters
+    )
 
 
 def test_steps_with_blocks_reach_a_budget_and_leave_the_model_whole() -> None:
@@ -589,7 +606,7 @@ def test_an_inplace_run_takes_blocks_out_of_the_model_itself() -> None:
     assert torch.equal(model.eval()(images), copied.model.eval()(images))
 
 
-# -- resuming ----------------------------------------------------------------------------------------------------
+# -- resuming -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("criterion", [*TRAINED.values(), OneBlock(epochs=1)])
@@ -631,7 +648,12 @@ def test_a_run_without_a_target_is_not_taken_further(tmp_path: Path) -> None:
     assert all(torch.equal(first.gates[name], again.gates[name]) for name in first.gates)
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------
+def test_training_that_runs_away_is_told() -> None:
+    with pytest.raises(attrfast.NumericalError, match="lr"):
+        prune(residual_network(), criterion=SSS(epochs=1, lr=1e30), keep_ratio=0.8)
+
+
+# -- bad input ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sss", "variational"])

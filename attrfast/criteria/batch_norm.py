@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from attrfast.criteria.base import register_criterion
-from attrfast.criteria.factors import require_batch_norms
+from attrfast.criteria.factors import require_batch_norms, without_batch_norm
 from attrfast.criteria.trained import Learnt, Phase, TrainedCriterion, Trainee
 from attrfast.errors import InputError
 from attrfast.units import Units
@@ -24,7 +24,8 @@ class BNScale(TrainedCriterion):
 
     By default the scales are read as they are. With `sparsity` above 0, every step of pruning first
     trains the model with the subgradient of sparsity * |gamma| added to the gradient of the scales. The
-    paper ranks without dividing by layers' norms: `prune(..., normalize=None)`.
+    paper ranks without dividing by layers' norms: `prune(..., normalize=None)`. `prune` leaves layers
+    without batch norms whole.
 
     Args:
         sparsity: weight of the scales' absolute values (the paper takes 1e-4 or 1e-5); 0: no training.
@@ -39,6 +40,9 @@ class BNScale(TrainedCriterion):
         if not self.sparsity >= 0:
             raise InputError(f"sparsity must be at least 0, got {self.sparsity!r}")
         self.trains = self.sparsity > 0
+
+    def unscorable(self, model: nn.Module, units: Units) -> dict[str, str]:
+        return without_batch_norm(model, units)
 
     def from_weights(self, model: nn.Module, units: Units, seed: int) -> torch.Tensor:
         """(U,) sums of |gamma|.

@@ -151,21 +151,30 @@ def batch_norms(model: nn.Module, units: Units) -> dict[str, torch.Tensor]:
     return found
 
 
+def without_batch_norm(model: nn.Module, units: Units) -> dict[str, str]:
+    """Layers with a unit that may go and has no batch norm, by name, and what is missing."""
+    covered = torch.tensor([reason is not None for reason in units.frozen], dtype=torch.bool)
+    for row in batch_norms(model, units).values():
+        covered[row[row >= 0]] = True
+    return {
+        layer.name: "no batch norm scales its filters"
+        for layer in units.layers
+        if not bool(covered[list(layer.units)].all())
+    }
+
+
 def require_batch_norms(model: nn.Module, units: Units, criterion: str) -> dict[str, torch.Tensor]:
     """`batch_norms`, where every unit that may go has one.
 
     Raises:
         ModelError: a layer's filters have none; it is named.
     """
-    norms = batch_norms(model, units)
-    covered = torch.tensor([reason is not None for reason in units.frozen], dtype=torch.bool)
-    for row in norms.values():
-        covered[row[row >= 0]] = True
-    bare = [layer.name for layer in units.layers if not bool(covered[list(layer.units)].all())]
+    bare = list(without_batch_norm(model, units))
     if bare:
+        more = f" and {len(bare) - 3} more layers" if len(bare) > 3 else ""
         raise ModelError(
             f"the criterion {criterion!r} reads the scales of batch norms, and the filters of "
-            f"{', '.join(bare[:3])}{f' and {len(bare) - 3} more layers' if len(bare) > 3 else ''} have "
-            f"none; prune them by another criterion, or leave them whole: ignore={bare[:3]!r}"
+            f"{', '.join(bare[:3])}{more} have none; score them by another criterion (attrfast.prune "
+            f"leaves them whole)"
         )
-    return norms
+    return batch_norms(model, units)

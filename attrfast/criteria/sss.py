@@ -62,7 +62,8 @@ class SSS(TrainedCriterion):
 
     The factor of a unit stands where its readers take it in: after batch norm and activation, and one
     for all filters of a residual stage, so that a zero is the removal itself. The factor of a branch
-    stands on the output of its last layer.
+    stands on the output of its last layer. Factors are compared between layers as they are (`normalize`
+    is not applied).
 
     Args:
         gamma: weight of the factors' absolute values, beside the mean loss.
@@ -72,6 +73,8 @@ class SSS(TrainedCriterion):
 
     gamma: float = 0.01
     blocks: bool = True
+
+    per_layer = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

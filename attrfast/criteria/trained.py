@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -117,6 +117,8 @@ class TrainedCriterion(Criterion):
 
     needs_data = False
     trains = True
+    # Whether importance can be compared within a layer alone, so that `prune` normalises it.
+    per_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
@@ -131,6 +133,10 @@ class TrainedCriterion(Criterion):
             raise InputError(
                 f"schedule must be 'cosine', 'constant' or 'onecycle', got {self.schedule!r}"
             )
+
+    def unscorable(self, model: nn.Module, units: Units) -> Mapping[str, str]:
+        """Layers that this criterion has no score for, by name, and why; `prune` leaves them whole."""
+        return {}
 
     def begin(self, trainee: Trainee) -> Phase:
         """Prepares a model for training.

@@ -24,8 +24,10 @@ from attrfast.criteria.factors import (
     of_channels,
     require_batch_norms,
     scaled,
+    without_batch_norm,
 )
 from attrfast.criteria.trained import Learnt, Phase, TrainedCriterion, Trainee
+from attrfast.units import Units
 
 _SMALLEST = 1e-2  # of a saliency at the start: shifts are divided by it
 
@@ -52,7 +54,8 @@ class Variational(TrainedCriterion):
 
     A unit with several batch norms has one saliency, whose mean begins at the root mean square of their
     scales; what is left of each scale (its sign, where there is one batch norm) stays as it is. Standard
-    deviations begin at the prior's. Every unit that may go needs a batch norm.
+    deviations begin at the prior's. Layers without batch norms stay whole.
+    Saliencies are compared between layers as they are (`normalize` is not applied).
 
     Args:
         prior_std: standard deviation of the prior; the smaller, the more saliencies fall to zero.
@@ -67,9 +70,14 @@ class Variational(TrainedCriterion):
     max_mean: float = 0.05
     max_std: float = 0.1
 
+    per_layer = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("prior_std", "max_mean", "max_std")
+
+    def unscorable(self, model: nn.Module, units: Units) -> dict[str, str]:
+        return without_batch_norm(model, units)
 
     def begin(self, trainee: Trainee) -> Phase:
         return _Posterior(self, trainee)
