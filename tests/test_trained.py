@@ -498,6 +498,31 @@ def test_networks_without_batch_norms_or_modules_are_trained_too(name: str) -> N
     assert result.history[-1].phi <= 0.6
 
 
+class BareWeights(nn.Module):
+    """Convolutions whose weights are a buffer and a parameter of the network itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3)
+        self.register_buffer("blur", torch.full((4, 6, 1, 1), 0.1))
+        self.own = nn.Parameter(torch.randn(6, 4, 1, 1))
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.conv2d(torch.relu(self.first(x)), self.blur)
+        x = functional.conv2d(x, self.own)
+        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:left whole")
+@pytest.mark.parametrize("name", ["sss", "soft"])
+def test_weights_without_a_module_are_left_alone(name: str) -> None:
+    torch.manual_seed(0)
+    result = prune(BareWeights(), criterion=TRAINED[name], keep_ratio=0.8)
+    assert bool(result.gates["first"].all())
+    assert not bool(result.gates["second"].all())
+
+
 def test_without_a_target_one_phase_and_its_zeros_are_the_result() -> None:
     result = prune(residual_network(), criterion=Soft(epochs=1, rate=0.5), finetune=0)
     assert len(result.history) == 2

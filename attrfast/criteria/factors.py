@@ -47,7 +47,7 @@ class scaled(TorchFunctionMode):  # noqa: N801 - read as a context: `with scaled
         outputs: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        state = dict(model.named_parameters())
+        state = _state(model)
         self._inputs = {id(state[name]): factor for name, factor in (inputs or {}).items()}
         self._outputs = {id(state[name]): factor for name, factor in (outputs or {}).items()}
 
@@ -81,6 +81,11 @@ class scaled(TorchFunctionMode):  # noqa: N801 - read as a context: `with scaled
         return out
 
 
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by full name: a bare buffer may be a reader's weight as well."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
 def _multiplied(x: torch.Tensor, factors: torch.Tensor, dim: int) -> torch.Tensor:
     shape = [1] * x.dim()
     if factors.dim():
@@ -102,7 +107,7 @@ def fold_into_readers(model: nn.Module, units: Units, factors: torch.Tensor) -> 
 
     Where a factor is zero, nothing reads the unit any more.
     """
-    state = dict(model.named_parameters())
+    state = _state(model)
     for name, factor in at_readers(model, units, factors).items():
         weight = state[name]
         if bool((factor == 1).all()):

@@ -66,12 +66,13 @@ class SSS(TrainedCriterion):
     is not applied).
 
     Args:
-        gamma: weight of the factors' absolute values, beside the mean loss.
+        gamma: weight of the factors' absolute values, beside the mean loss. If gamma times the number of
+            units is above the loss of guessing, it may pay to let all factors go to zero.
         blocks: whether residual branches have factors. A branch can go where a module's own forward pass
             adds it and torch.fx can record that; see `attrfast.residual`.
     """
 
-    gamma: float = 0.01
+    gamma: float = 1e-3
     blocks: bool = True
 
     per_layer = False
