@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +216,14 @@ def test_without_a_silent_branch_the_model_computes_the_same(
         assert after.params == before.params - lost
         assert after.macs < before.macs
         smaller(IMAGES.clone()).sum().backward()  # nothing that is kept for it was overwritten
+
+
+def test_what_is_left_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    model = network(PreActivation)
+    take_out(model, branches(model)[0])
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(IMAGES), model(IMAGES))
 
 
 def test_a_nested_branch_goes_with_the_one_around_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -182,6 +183,22 @@ def test_one_training_step_moves_weights_and_factors_by_their_own_rules() -> Non
         assert new.tolist() == pytest.approx(expected, rel=1e-10)
 
 
+def test_factors_of_units_that_must_stay_are_one() -> None:
+    model = residual_network()
+    work = trainee(model, batches()[0][0])
+    layer = work.units.layers[0]
+    frozen = tuple(
+        "it is to stay" if unit in layer.units else reason
+        for unit, reason in enumerate(work.units.frozen)
+    )
+    work = dataclasses.replace(work, units=dataclasses.replace(work.units, frozen=frozen))
+    phase = SSS(gamma=0.1).begin(work)
+    fine_tune(model, batches(), FineTune(epochs=1), step=1, device=CPU, phase=phase)
+    stay = torch.tensor([reason is not None for reason in frozen])
+    assert bool((phase.units[stay] == 1).all())
+    assert bool((phase.units[~stay] != 1).all())
+
+
 def test_a_soft_threshold_is_the_proximal_operator_of_the_absolute_value() -> None:
     grid = torch.linspace(-3, 3, 60001, dtype=torch.float64)
     for z in (-2.0, -0.3, 0.0, 0.69, 0.71, 1.5):
@@ -297,6 +314,38 @@ def test_the_bound_is_the_mean_loss_plus_the_divergence_of_a_sample() -> None:
         posterior = torch.distributions.Normal(mean, math.exp(log_std))
         total += float(torch.distributions.kl_divergence(posterior, prior))
     assert float(phase.penalty().detach()) == pytest.approx(total / 40, rel=1e-5)
+
+
+def test_one_training_step_follows_the_gradient_of_the_bound() -> None:
+    model = residual_network().double()
+    images, labels = batches(1)[0]
+    images = images.double()
+    lr, prior = 0.05, 0.2
+    work = trainee(model, images, samples=40)
+    by_hand = copy.deepcopy(model).train()
+    phase = Variational(prior_std=prior).begin(work)
+    mean = phase.mean.detach().clone().requires_grad_()
+    log_std = phase.log_std.detach().clone().requires_grad_()
+    how = FineTune(epochs=1, lr=lr, momentum=0.0, weight_decay=0.0, schedule="constant")
+    fine_tune(model, [(images, labels)], how, step=1, device=CPU, seed=5, phase=phase)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        saliency = mean + log_std.exp() * torch.randn(len(mean), dtype=torch.float64)
+    start = mean.detach()
+    for name, row in work.units.outputs.items():
+        module = by_hand.get_submodule(name)
+        if isinstance(module, nn.BatchNorm2d):
+            ratio = (saliency / start)[row].view(1, -1, 1, 1)
+            module.register_forward_hook(lambda m, args, out, ratio=ratio: out * ratio)
+    loss = functional.cross_entropy(by_hand(images), labels)
+    posterior = torch.distributions.Normal(mean, log_std.exp())
+    divergence = torch.distributions.kl_divergence(
+        posterior, torch.distributions.Normal(torch.zeros(()).double(), prior)
+    )
+    grads = torch.autograd.grad(loss + divergence.sum() / 40, (mean, log_std))
+    torch.testing.assert_close(phase.mean, start - lr * grads[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(phase.log_std, (log_std - lr * grads[1]).detach(), rtol=1e-9, atol=1e-12)
 
 
 def test_units_go_whose_mean_and_deviation_are_both_small() -> None:
@@ -442,6 +491,21 @@ def test_the_subgradient_of_the_scales_joins_the_losss() -> None:
         if name.endswith("shortcut.1.weight"):
             added = 0.1 * p.detach().sign()
         torch.testing.assert_close(p.grad, before[name] + added, rtol=1e-12, atol=0)
+
+
+def test_pressed_scales_step_further_by_the_rate_times_the_sparsity() -> None:
+    images, labels = batches(1)[0]
+    how = FineTune(epochs=1, lr=0.05, momentum=0.0, weight_decay=0.0, schedule="constant")
+    scales = []
+    for sparsity in (0.0, 0.3):
+        model = residual_network().double()
+        phase = BNScale(sparsity=sparsity).begin(trainee(model, images.double()))
+        fine_tune(model, [(images.double(), labels)], how, step=1, device=CPU, phase=phase)
+        scales.append(torch.cat([m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d)]))
+    free, pressed = scales
+    before = [m.weight for m in residual_network().modules() if isinstance(m, nn.BatchNorm2d)]
+    expected = free - 0.05 * 0.3 * torch.cat(before).double().sign()
+    torch.testing.assert_close(pressed, expected, rtol=1e-10, atol=1e-12)
 
 
 # -- geometric median -----------------------------------------------------------------------------------

@@ -106,27 +106,14 @@ class _Selection(Phase):
         }
         return scaled(model, at_readers(model, self.trainee.units, self.units), outputs)
 
-    def after_backward(self) -> None:
-        if self.units.grad is not None:
-            self.units.grad.mul_(self.free)
-
     def after_step(self, lr: float) -> None:
+        how = self.options
         for factors, velocity in zip((self.units, self.of_branches), self.velocities, strict=True):
-            if factors.grad is None:
-                continue
-            before = factors.detach().clone()
-            apg_step(
-                factors,
-                velocity,
-                factors.grad,
-                lr=lr,
-                momentum=self.options.momentum,
-                gamma=self.options.gamma,
-            )
-            factors.grad = None
-            if factors is self.units:  # the others stay at one
-                with torch.no_grad():
-                    factors.copy_(torch.where(self.free, factors, before))
+            if factors.grad is not None:
+                apg_step(factors, velocity, factors.grad, lr=lr, momentum=how.momentum, gamma=how.gamma)
+                factors.grad = None
+        with torch.no_grad():
+            self.units[~self.free] = 1  # these must stay, and so must what they compute
 
     def finish(self) -> Learnt:
         model, factors = self.trainee.model, self.units.detach()
