@@ -33,11 +33,14 @@ def apg_step(
     momentum: float,
     gamma: float,
 ) -> None:
-    """One accelerated proximal gradient step on sum(loss) + gamma * |factors|, in place.
+    """One accelerated proximal gradient step on loss + gamma * |factors|, in place.
 
         z = lambda - lr * grad
         v = S_{lr * gamma}(z) - lambda + momentum * v
         lambda = S_{lr * gamma}(z) + momentum * v
+
+    Args:
+        factors, velocity, grad: (F,) lambda, v, and the gradient of the loss at lambda.
 
     Here lambda is the point ahead, where the gradient is taken, as in Nesterov's method written for
     stochastic training. A factor at zero with no velocity stays there exactly while |grad| <= gamma.
@@ -45,9 +48,9 @@ def apg_step(
     Source: Huang & Wang 2018, section 3.3, the last three updates (APG with z taken at the point ahead),
     which are those of the authors' code.
     """
-    z = soft_threshold(factors - lr * grad, lr * gamma)
-    velocity.mul_(momentum).add_(z - factors)
-    factors.copy_(z + momentum * velocity)
+    nearest = soft_threshold(factors - lr * grad, lr * gamma)
+    velocity.mul_(momentum).add_(nearest - factors)
+    factors.copy_(nearest + momentum * velocity)
 
 
 @register_criterion("sss")

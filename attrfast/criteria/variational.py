@@ -5,8 +5,8 @@ norm rewritten as saliency * (x_hat + shift), so that a channel of no saliency v
 N(mean, std^2) of each saliency; a zero-mean Gaussian prior that draws it to zero; training by the
 reparameterised lower bound; pruning where mean and standard deviation are both below a threshold. Our
 reading, because the full paper was not at hand: the prior's standard deviation is a fixed option, one
-saliency is drawn for a batch, the values of the thresholds, one saliency for all batch norms of a unit,
-and the ranking by sqrt(mean^2 + std^2) where a budget asks for more than the thresholds give.
+saliency is drawn for a batch, the values of the thresholds, one saliency for all batch norms of a unit
+(which it multiplies twice where two follow each other, around a depthwise convolution), and the ranking by sqrt(mean^2 + std^2) where a budget asks for more than the thresholds give.
 """
 
 from __future__ import annotations
