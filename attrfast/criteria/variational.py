@@ -4,9 +4,10 @@ Source: Zhao et al. 2019, Variational Convolutional Neural Network Pruning (CVPR
 norm rewritten as saliency * (x_hat + shift), so that a channel of no saliency vanishes; the posterior
 N(mean, std^2) of each saliency; a zero-mean Gaussian prior that draws it to zero; training by the
 reparameterised lower bound; pruning where mean and standard deviation are both below a threshold. Our
-reading, because the full paper was not at hand: the prior's standard deviation is a fixed option, one
-saliency is drawn for a batch, the values of the thresholds, one saliency for all batch norms of a unit
-(which it multiplies twice where two follow each other, around a depthwise convolution), and the ranking by sqrt(mean^2 + std^2) where a budget asks for more than the thresholds give.
+reading, because the full paper was not at hand: the prior's standard deviation is a fixed option; one
+saliency is drawn for a batch; the thresholds' values; one saliency for all batch norms of a unit (which
+it multiplies twice where two follow each other, around a depthwise convolution); and the ranking by
+sqrt(mean^2 + std^2) where a budget asks for more than the thresholds give.
 """
 
 from __future__ import annotations
