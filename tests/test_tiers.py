@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attrfast import ops
 from attrfast.batches import main_output
 from attrfast.channels import Discovery, discover
-from attrfast.fused import PlanMismatchError
+from attrfast.following import PlanMismatchError
 from attrfast.graph import Plan
 from attrfast.plain import ReferenceBackend
 from attrfast.tiers import Runner
@@ -208,4 +208,4 @@ def test_a_mismatch_names_the_call() -> None:
     runner = Runner(model, discover(model, (once,)), guided=False, absolute=False)
     assert runner.plan is not None
     with pytest.raises(PlanMismatchError, match=r"call \d+ is add"):
-        runner._run(lambda: model(other), lambda out: out.sum(), 2, 1.0, runner.plan)
+        runner._forward(lambda: model(other), lambda out: [out.sum()], 2, 1.0, None, runner.plan)
