@@ -23,7 +23,7 @@ from attrfast import _backend, ops, reference
 from attrfast.batches import unpack
 from attrfast.channels import discover
 from attrfast.criteria import REDUCTIONS, get_criterion
-from attrfast.engine import Pass
+from attrfast.passes import Pass
 from attrfast.tiers import Runner
 
 pytestmark = [
@@ -251,9 +251,10 @@ def a_pass(model: nn.Module, images: Tensor, criterion: str, fused: bool) -> Pas
     rule = get_criterion(criterion)
     found = discover(model, (images[:2],))
     how = REDUCTIONS[rule.reduction]
-    running = Pass(model, found, rule, how, device=GPU)
+    running = Pass(model, found, [(rule, how)], device=GPU)
     if not fused:
-        running.runner = Runner(model, found, guided=rule.guided, absolute=how.absolute, fused=False)
+        (run,) = running.runs
+        run.runner = Runner(model, found, guided=rule.guided, absolute=how.absolute, fused=False)
     return running
 
 
@@ -270,7 +271,7 @@ def test_nothing_in_a_batch_waits_for_the_gpu(name: str, criterion: str, fused: 
         running.add(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert bool((running.importance() >= 0).all())
+    assert bool((running.importance()[0] >= 0).all())
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -288,14 +289,14 @@ def test_a_whole_pass_can_be_captured_in_a_graph(fused: bool) -> None:
     with torch.cuda.graph(graph):
         running.add(unpack((images, labels), GPU))
     others = [images.flip(0), images * 0.5]
-    running.total.zero_()
+    running.tallies[0].total.zero_()
     for other in others:
         images.copy_(other.clone())
         graph.replay()
     eager = a_pass(model, images, "taylor", fused)
     for other in others:
         eager.add(unpack((other, labels), GPU))
-    torch.testing.assert_close(running.total, eager.total, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(running.tallies[0].total, eager.tallies[0].total, rtol=1e-4, atol=1e-7)
 
 
 def test_a_pass_takes_less_memory_than_training() -> None:

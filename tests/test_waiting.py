@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attrfast.batches import unpack
 from attrfast.channels import discover
 from attrfast.criteria import REDUCTIONS, get_criterion
-from attrfast.engine import Pass
+from attrfast.passes import Pass
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -53,7 +53,7 @@ def reads_of_a_batch(
 ) -> list[str]:
     rule = get_criterion(criterion)
     found = discover(model, tuple(x[:2] for x in inputs))
-    running = Pass(model, found, rule, REDUCTIONS[reduction or rule.reduction], device=CPU)
+    running = Pass(model, found, [(rule, REDUCTIONS[reduction or rule.reduction])], device=CPU)
     running.watchful = watchful
     batch = unpack((inputs, torch.arange(len(inputs[0])) % 2), CPU)
     running.add(batch)  # what is found out once may be

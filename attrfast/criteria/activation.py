@@ -1,0 +1,83 @@
+"""The criteria that read feature maps alone, and need no gradient.
+
+Both are measured on the maps of a unit: its channels in the outputs of ReLUs (of every call, whoever makes
+it), or, where no ReLU follows, in what its readers read. A unit with several maps (a layer that is called
+twice, filters that go together, ReLUs of several blocks on one residual stage) has their mean. A statistic
+must not know where its maps come from.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attrfast.criteria.base import Criterion, register_criterion
+
+
+class ActivationCriterion(Criterion):
+    """Base class: one number a feature map, averaged over the maps of a unit and over samples.
+
+        @attrfast.register_criterion("mean_activation")
+        class MeanActivation(ActivationCriterion):
+            def statistic(self, maps):
+                return maps.flatten(2).mean(2)
+
+    The forward pass is shared with the other criteria of the call.
+    """
+
+    def statistic(self, maps: torch.Tensor) -> torch.Tensor:
+        """One number for each sample and channel.
+
+        Args:
+            maps: (N, C, positions...) in the model's dtype; (N, C) where a layer has no positions.
+
+        Returns:
+            (N, C), floating.
+        """
+        raise NotImplementedError(f"the criterion {self.name!r} defines no statistic")
+
+
+@register_criterion("apoz")
+class APoZ(ActivationCriterion):
+    """1 - APoZ: the share of a map's positions, over all samples, that are not exactly zero.
+
+    The source removes filters of a high average percentage of zeros; one minus that share makes a low
+    score an unimportant filter.
+
+    Source: Hu, Peng, Tai and Tang 2016, Network Trimming: A Data-Driven Neuron Pruning Approach towards
+    Efficient Deep Architectures, eq. 1.
+    """
+
+    def statistic(self, maps: torch.Tensor) -> torch.Tensor:
+        alive = maps != 0
+        if maps.dim() == 2:
+            return alive.to(torch.float64)
+        # Counts are whole numbers: exact in any order of summation, unlike a mean in a narrow dtype.
+        positions = tuple(range(2, maps.dim()))
+        size = max(1, maps.shape[2:].numel())
+        return alive.sum(positions).to(torch.float64) / size
+
+
+@register_criterion("hrank")
+class HRank(ActivationCriterion):
+    """Mean over samples of the rank of a filter's feature map.
+
+    The rank is that of `torch.linalg.matrix_rank` in float64 with its default tolerance: the number of
+    singular values above max(H, W) * 2.2e-16 times the largest. A map of more than two dimensions is
+    a matrix with its first as rows, one of a single dimension a matrix of one row, and the output of a
+    layer without positions a matrix of one element. Singular values of every map of every sample take
+    far longer than the forward pass: a few batches (`max_batches`) are enough, as the source finds.
+
+    Source: Lin et al. 2020, HRank: Filter Pruning using High-Rank Feature Map, eq. 4 to 6.
+    """
+
+    def statistic(self, maps: torch.Tensor) -> torch.Tensor:
+        samples, channels, *positions = maps.shape
+        rows = positions[0] if len(positions) > 1 else 1
+        columns = positions[-1] if positions else 1
+        if len(positions) > 2:
+            columns = torch.Size(positions[1:]).numel()
+        # torch finds no singular values of a matrix that is not finite; the caller tells of those.
+        matrices = maps.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+        matrices = matrices.reshape(samples, channels, rows, columns)
+        rank: torch.Tensor = torch.linalg.matrix_rank(matrices)
+        return rank.to(torch.float64)
