@@ -41,10 +41,12 @@ class Follower:
             PlanMismatchError: it makes another one.
         """
         call = self.calls[self.index] if self.index < len(self.calls) else None
-        inputs = self.numbering.inputs(args, kwargs)
-        if call is None or call.name != name or call.inputs != inputs:
-            known = "no further call" if call is None else f"{call.name}{call.inputs}"
-            raise PlanMismatchError(f"call {self.index} is {name}{inputs}, recorded was {known}")
+        inputs, state = self.numbering.inputs(args, kwargs), self.numbering.state(args, kwargs)
+        if call is None or (call.name, call.inputs, call.state) != (name, inputs, state):
+            known = "no further call" if call is None else f"{call.name}{call.inputs} of {call.state}"
+            raise PlanMismatchError(
+                f"call {self.index} is {name}{inputs} of {state}, recorded was {known}"
+            )
         self.index += 1
         return call
 

@@ -254,6 +254,9 @@ class PlanMode(TorchFunctionMode):
         name = call_name(func)
         if is_silent(name):
             return func(*args, **kwargs)
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            # A checkpoint runs its part of the model again, call by call, and expects the same tensors.
+            raise PlanMismatchError(f"{name} runs in a checkpoint, or where saved tensors are hooked")
         call = self.follower.meet(name, args, kwargs)
         stage = self.plan.stages.get(call.index)
         if stage is not None:

@@ -20,9 +20,12 @@ from attrfast.fused import PlanMode
 from attrfast.graph import Plan, make_plan
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.taps import TapMode
+from attrfast.trace import shown
 from attrfast.units import reader_weights
 
 log = logging.getLogger(__name__)
+
+_grad = shown(torch.autograd.grad)  # a mode that is on stays on in what runs again during it
 
 # From what gives a tensor its values (`PlanMode.held`) to a mode that watches the forward pass.
 Watch = Callable[[Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[Any]]
@@ -135,7 +138,8 @@ class Runner:
                 self.model, plan, self.values, matrix, anchor, self.folded, guided=self.guided
             )
         held = mode.held if isinstance(mode, PlanMode) else _as_it_is
-        with mode, nullcontext() if watch is None else watch(held):
+        watching = nullcontext() if watch is None else watch(held)
+        with mode, watching:
             output = forward()
         totals = [total * scale for total in objectives(output)]
         # A checkpointed part of the model runs again during the backward pass.
@@ -156,7 +160,7 @@ def _backward(
     while totals:
         total = totals.pop(0)
         with mode:
-            torch.autograd.grad(total, anchor, allow_unused=True, retain_graph=bool(totals))
+            _grad(total, anchor, allow_unused=True, retain_graph=bool(totals))
         yield matrix.take().div_(scale)
 
 
