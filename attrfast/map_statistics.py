@@ -161,13 +161,13 @@ class MapMode(TorchFunctionMode):
         out = func(*args, **kwargs)
         made = self.follower.leave(call, out, args, kwargs)
         if call.index in self.places.made:
-            self._measure(self.held(made[0]), self.places.made[call.index])
+            self._measure(made[0], self.places.made[call.index])
         return out
 
     def _measure(self, x: torch.Tensor, place: Place) -> None:
         # What is computed here is no call of the model's, for the modes below.
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            x = x.detach()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            x = self.held(x).detach()
             maps = x.unsqueeze(0) if place.dim == 0 else x.movedim(place.dim, 1)
             positions, wide = tuple(range(2, maps.dim())), torch.promote_types(x.dtype, torch.float32)
             total = maps.sum(positions, dtype=wide) if positions else maps
