@@ -26,7 +26,6 @@ from attrfast.criteria import (
     get_criterion,
 )
 from attrfast.errors import InputError, ModelError
-from attrfast.heap import kept_pages
 from attrfast.passes import Pass
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
 from attrfast.trace import preserved
@@ -158,7 +157,6 @@ def attribute(
         preserved(model),
         torch.inference_mode(False),
         torch.autocast(place.type, enabled=False),
-        kept_pages(place.type == "cpu" and bool(measured)),
     ):
         model.eval()
         for batch in _batches(loader, place, max_batches, progress and bool(measured)):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import attrfast
+from attrfast import fused
 from attrfast.criteria import ActivationCriterion
 
 # Network -> for every call of a ReLU, the convolution whose filters its channels belong to.
@@ -108,6 +109,22 @@ def test_splitting_a_batch_changes_nothing(criterion: str) -> None:
     for size in (1, 4):
         parts = score(model, [(inputs, labels)], criterion, microbatch=size)
         torch.testing.assert_close(parts.raw, whole.raw, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "functional", "reused"])
+def test_stages_that_run_part_by_part_are_measured_whole(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs, labels = small(name, 5)
+    whole = score(model, [(inputs, labels)], ["taylor", "apoz", "hrank"])
+
+    def two(run: Any, size: int, samples: int) -> int:
+        return samples if run.buffers is None else min(2, samples)
+
+    monkeypatch.setattr(fused._Run, "samples_at_once", two)
+    parts = score(model, [(inputs, labels)], ["taylor", "apoz", "hrank"])
+    for criterion in whole:
+        torch.testing.assert_close(parts[criterion].raw, whole[criterion].raw, rtol=1e-12, atol=1e-15)
 
 
 def test_batches_that_go_different_ways_are_each_measured_on_theirs() -> None:

@@ -48,13 +48,11 @@ class APoZ(ActivationCriterion):
     """
 
     def statistic(self, maps: torch.Tensor) -> torch.Tensor:
-        alive = maps != 0
         if maps.dim() == 2:
-            return alive.to(torch.float64)
-        # Counts are whole numbers: exact in any order of summation, unlike a mean in a narrow dtype.
-        positions = tuple(range(2, maps.dim()))
-        size = max(1, maps.shape[2:].numel())
-        return alive.sum(positions).to(torch.float64) / size
+            return (maps != 0).to(torch.float64)
+        # A count is exact in any order of summation, unlike a mean in a narrow dtype.
+        count = torch.count_nonzero(maps, tuple(range(2, maps.dim())))
+        return count.to(torch.float64) / max(1, maps.shape[2:].numel())
 
 
 @register_criterion("hrank")
@@ -71,13 +69,15 @@ class HRank(ActivationCriterion):
     """
 
     def statistic(self, maps: torch.Tensor) -> torch.Tensor:
-        samples, channels, *positions = maps.shape
+        channels, *positions = maps.shape[1:]
         rows = positions[0] if len(positions) > 1 else 1
-        columns = positions[-1] if positions else 1
-        if len(positions) > 2:
-            columns = torch.Size(positions[1:]).numel()
-        # torch finds no singular values of a matrix that is not finite; the caller tells of those.
-        matrices = maps.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
-        matrices = matrices.reshape(samples, channels, rows, columns)
-        rank: torch.Tensor = torch.linalg.matrix_rank(matrices)
-        return rank.to(torch.float64)
+        columns = maps.shape[2:].numel() // max(1, rows)
+        return torch.stack([_ranks(sample.reshape(channels, rows, columns)) for sample in maps])
+
+
+def _ranks(matrices: torch.Tensor) -> torch.Tensor:
+    """(C,) ranks of the matrices (C, H, W), in float64; a sample at a time, to bound the memory."""
+    # torch finds no singular values of a matrix that is not finite; the caller tells of those.
+    wide = matrices.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+    rank: torch.Tensor = torch.linalg.matrix_rank(wide)
+    return rank.to(torch.float64)
