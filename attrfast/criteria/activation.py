@@ -63,7 +63,7 @@ class HRank(ActivationCriterion):
     singular values above max(H, W) * 2.2e-16 times the largest. A map of more than two dimensions is
     a matrix with its first as rows, one of a single dimension a matrix of one row, and the output of a
     layer without positions a matrix of one element. Singular values of every map of every sample take
-    far longer than the forward pass: a few batches (`max_batches`) are enough, as the source finds.
+    longer than the forward pass itself; the source finds that a few batches (`max_batches`) are enough.
 
     Source: Lin et al. 2020, HRank: Filter Pruning using High-Rank Feature Map, eq. 4 to 6.
     """
