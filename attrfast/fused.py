@@ -36,6 +36,9 @@ Tensor = torch.Tensor
 # the cache when the kernel after it reads it.
 PART = 4 << 20
 
+# Of torch 2.8 and newer. Before, a checkpoint inside a stage ends in its own error.
+_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 
 class _Run:
     """One stage of one batch, collected call by call until it runs.
@@ -362,7 +365,7 @@ class PlanMode(TorchFunctionMode):
         name = call_name(func)
         if is_silent(name):
             return func(*args, **kwargs)
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if _hooks_of_saved_tensors is not None and _hooks_of_saved_tensors(True) is not None:
             # A checkpoint runs its part of the model again, call by call, and expects the same tensors.
             raise PlanMismatchError(f"{name} runs in a checkpoint, or where saved tensors are hooked")
         call = self.follower.meet(name, args, kwargs)

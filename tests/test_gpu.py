@@ -213,7 +213,9 @@ def loader_for(images: Tensor, classes: int = 10, batches: int = 2) -> list[tupl
     return [(images + i, labels) for i in range(batches)]
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "taylor_guided", "attribution", "taylor_fo"])
+@pytest.mark.parametrize(
+    "criterion", ["taylor", "taylor_guided", "attribution", "taylor_fo", "apoz", "obd"]
+)
 @pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "resnet50", "mobilenet_v2", "densenet121"])
 def test_scores_are_those_of_the_cpu(name: str, criterion: str) -> None:
     model, images = family(name).double(), images_for(name, 2).double()
