@@ -19,7 +19,7 @@ from attrfast.batches import Batch, check_labels, main_output
 from attrfast.channels import Discovery
 from attrfast.criteria import ActivationCriterion, Criterion, Reduction, same_objective
 from attrfast.diagnosis import first_nonfinite
-from attrfast.errors import InputError, NumericalError
+from attrfast.errors import InputError, ModelError, NumericalError
 from attrfast.following import PlanMismatchError
 from attrfast.map_statistics import MapMode, Statistic, channels_in, find_places
 from attrfast.matrix import RowsError
@@ -150,7 +150,14 @@ class Pass:
                 record = trace(self.model, batch.args, batch.kwargs)
                 channels = channels_in(self.model, self.units, record)
                 self.places = find_places(self.model, self.units, record, channels, self.device)
-                self._run(run, batch, first, values)
+                try:
+                    self._run(run, batch, first, values)
+                except PlanMismatchError as error:
+                    raise ModelError(
+                        f"the model goes another way every time that it sees the same batch, so its "
+                        f"feature maps can't be told apart: {error}. Choose a criterion that reads "
+                        f"gradients, or make the model's way depend on its input alone"
+                    ) from error
         return [values[index] for index in range(len(self.tallies))]
 
     def _run(self, run: _Run, batch: Batch, first: int, values: dict[int, torch.Tensor]) -> None:

@@ -137,6 +137,44 @@ def test_batches_that_go_different_ways_are_each_measured_on_theirs() -> None:
     torch.testing.assert_close(got.raw, expected, rtol=1e-12, atol=1e-14)
 
 
+class Restless(nn.Module):
+    """Takes another way every time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+        self.times = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.times += 1
+        x = self.first(x)
+        for _ in range(self.times):
+            x = torch.relu(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_model_that_never_repeats_itself_is_refused() -> None:
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    loader = [(images, torch.tensor([0, 1]))]
+    with pytest.raises(attrfast.ModelError, match="another way every time"):
+        score(Restless().double(), loader, "apoz")
+    assert float(score(Restless().double(), loader, "taylor").raw.max()) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes_are_counted_as_they_are(dtype: torch.dtype) -> None:
+    """The network's own output of the first ReLU, in its dtype, has the zeros that are counted."""
+    model, inputs, labels = small("plain")
+    model, images = model.to(dtype), inputs[0].to(dtype)
+    got = score(model, [(images, labels)], "apoz")
+    with torch.no_grad():
+        maps = model.get_submodule("features")[:3](images)
+    alive_share = (maps != 0).float().mean((0, 2, 3))
+    torch.testing.assert_close(got["features.0"], alive_share, rtol=0.02, atol=0)
+    mixed = score(model.float(), [(images.float(), labels)], ["hrank", "apoz"], amp_dtype=dtype)
+    assert float((mixed["apoz"].raw - got.raw).abs().max()) < 0.05
+
+
 class Ceilings(nn.Module):
     """ReLUs in spellings without a name of their own."""
 

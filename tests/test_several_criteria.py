@@ -182,6 +182,24 @@ def test_a_list_that_makes_no_sense_is_refused(criteria: Any, message: str) -> N
         attrfast.attribute(model, loader, criteria, progress=False)
 
 
+@pytest.mark.parametrize("criterion", ["apoz", "hrank", "obd"])
+@pytest.mark.parametrize("name", ["plain", "reused", "grouped"])
+def test_pruning_takes_the_lowest_of_each(name: str, criterion: str) -> None:
+    model, loader = small(name, torch.float64)
+    scores = attrfast.attribute(model, loader, criterion, progress=False)
+    result = attrfast.prune(
+        model, loader, criterion, keep_ratio=0.9, filters_per_step=1000, finetune=0, progress=False
+    )
+    assert len(result.history) == 2
+    gone = {int(u) for n, row in scores.units.filters.items() for u in row[~result.gates[n]]}
+    assert gone
+    for layer in scores.units.layers:
+        lost = [u for u in layer.units if u in gone]
+        left = [u for u in layer.units if u not in gone]
+        if lost:
+            assert float(scores.importance[lost].max()) <= float(scores.importance[left].min())
+
+
 def test_a_run_of_pruning_takes_one_criterion() -> None:
     model, loader = small("plain", torch.float32)
     with pytest.raises(attrfast.InputError, match="criterion must be a name"):

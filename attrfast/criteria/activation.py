@@ -65,7 +65,7 @@ class HRank(ActivationCriterion):
     layer without positions a matrix of one element. Singular values of every map of every sample take
     longer than the forward pass itself; the source finds that a few batches (`max_batches`) are enough.
 
-    Source: Lin et al. 2020, HRank: Filter Pruning using High-Rank Feature Map, eq. 4 to 6.
+    Source: Lin et al. 2020, HRank: Filter Pruning using High-Rank Feature Map, section 3.2.
     """
 
     def statistic(self, maps: torch.Tensor) -> torch.Tensor:

@@ -36,9 +36,10 @@ class OBD(Criterion):
         passes: backward passes a batch, at most.
         seed: of the signs.
 
-    Source: LeCun, Denker and Solla 1990, Optimal Brain Damage, eq. 5; Schraudolph 2002 for the
-    Gauss-Newton matrix; Dangel, Kunstner and Hennig 2020, BackPACK, for its diagonal through a
-    factor of the loss's Hessian; Hutchinson 1990 for the random signs.
+    Source: LeCun, Denker and Solla 1990, Optimal Brain Damage, section 2; Schraudolph 2002, Fast Curvature
+    Matrix-Vector Products for Second-Order Gradient Descent, for the Gauss-Newton matrix; Dangel, Kunstner
+    and Hennig 2020, BackPACK: Packing more into Backprop, for its diagonal through a factor of the loss's
+    Hessian; Hutchinson 1990, A Stochastic Estimator of the Trace, for the random signs.
 
     Raises:
         InputError: `passes` is no whole number of at least 1.
