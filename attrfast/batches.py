@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attrfast.errors import BackendError, InputError
-from attrfast.rows import rows
+from attrfast.rows import chosen, rows
 from attrfast.trace import tensors_in
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,11 @@ class Batch:
             return
         for start in range(0, self.samples, size):
             stop = min(start + size, self.samples)
-            yield self._part(slice(start, stop), stop - start)
+            raw, args, kwargs, labels = (
+                rows(tree, self.samples, start, stop)
+                for tree in (self.raw, self.args, self.kwargs, self.labels)
+            )
+            yield Batch(raw, args, kwargs, labels, stop - start, self.extremes)
 
     def of_classes(self, classes: Sequence[int]) -> Batch | None:
         """The samples with one of these labels, or None where there are none.
@@ -64,13 +68,12 @@ class Batch:
         _check_whole(labels)
         wanted = torch.isin(labels, torch.tensor(list(classes), device=labels.device))
         index = torch.nonzero(wanted).flatten()
-        return self._part(index, len(index)) if len(index) else None
-
-    def _part(self, which: slice | torch.Tensor, size: int) -> Batch:
+        if not len(index):
+            return None
         raw, args, kwargs, labels = (
-            rows(tree, self.samples, which) for tree in (self.raw, self.args, self.kwargs, self.labels)
+            chosen(tree, self.samples, index) for tree in (self.raw, self.args, self.kwargs, self.labels)
         )
-        return Batch(raw, args, kwargs, labels, size, self.extremes)
+        return Batch(raw, args, kwargs, labels, len(index), self.extremes)
 
 
 def unpack(batch: Any, device: torch.device) -> Batch:

@@ -55,8 +55,7 @@ class Loss:
             parts = []
             with torch.no_grad():
                 for start, stop in ((0, first), (first, samples)):
-                    part = slice(start, stop)
-                    one = (rows(tree, samples, part) for tree in (output, batch, labels))
+                    one = (rows(tree, samples, start, stop) for tree in (output, batch, labels))
                     parts.append(float(_call(self.loss_fn, *one)))
             whole = float(value.detach())
             mean = (first * parts[0] + (samples - first) * parts[1]) / samples
