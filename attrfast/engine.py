@@ -179,27 +179,25 @@ def attribute(
                 running.add(part)
         if running is not None and running.samples == 0:
             raise InputError(f"the loader holds no sample of the classes {list(classes or ())}")
-        raws = iter(running.importance() if running else ())
-        tables = iter(running.class_importance() if running and by_class else ())
+        found_out = iter(running.results() if running is not None else ())
+        results = {}
         wide = any(p.dtype == torch.float64 for p in model.parameters())
-
-        def scores(rule: Criterion, how: Reduction) -> Scores:
-            units = found.units
-            raw = next(raws) if rule.needs_data else rule.from_weights(model, units, seed)
-            raw = raw.to(torch.float64)
-            return Scores(
-                units=units,
-                importance=_comparable(raw, units, normalize, wide),
+        for name, (rule, how) in zip(names, chosen, strict=True):
+            if rule.needs_data:
+                raw, table = next(found_out)
+            else:
+                raw, table = rule.from_weights(model, found.units, seed).to(torch.float64), None
+            results[name] = Scores(
+                units=found.units,
+                importance=_comparable(raw, found.units, normalize, wide),
                 raw=raw,
                 samples=running.samples if running and rule.needs_data else 0,
                 criterion=rule.name,
                 reduction=how.name if rule.needs_data and how is not MEAN else None,
                 normalize=normalize,
-                by_class=_comparable(next(tables), units, normalize, wide) if by_class else None,
+                by_class=None if table is None else _comparable(table, found.units, normalize, wide),
                 class_samples=running.class_samples if running else None,
             )
-
-        results = {name: scores(*one) for name, one in zip(names, chosen, strict=True)}
     return results if together is criterion else results[names[0]]
 
 

@@ -236,31 +236,22 @@ class Pass:
             f"there, or leave out amp_dtype"
         )
 
-    def importance(self) -> list[torch.Tensor]:
-        """(U,) float64 on the CPU for each tally.
+    def results(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """For each tally the importance (U,), and by class (K, U), zero for classes without a sample, or None.
+
+        Both are float64 on the CPU.
 
         Raises:
             NumericalError: a score is not finite.
         """
-        return [
-            self._finite(tally, tally.reduction.finish(tally.total, self.samples))
-            for tally in self.tallies
-        ]
-
-    def class_importance(self) -> list[torch.Tensor]:
-        """(K, U) float64 on the CPU for each tally, zero for classes without a sample.
-
-        Raises:
-            NumericalError: a score is not finite.
-        """
-        assert self._class_samples is not None
-        counts = self._class_samples.clamp(min=1)[:, None]
-        tables = [(tally, tally.by_class) for tally in self.tallies]
-        return [
-            self._finite(tally, tally.reduction.finish(table, counts))
-            for tally, table in tables
-            if table is not None
-        ]
+        found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        for tally in self.tallies:
+            finish, table = tally.reduction.finish, None
+            if tally.by_class is not None and self._class_samples is not None:
+                counts = self._class_samples.clamp(min=1)[:, None]
+                table = self._finite(tally, finish(tally.by_class, counts))
+            found.append((self._finite(tally, finish(tally.total, self.samples)), table))
+        return found
 
     def _finite(self, tally: Tally, found: torch.Tensor) -> torch.Tensor:
         raw = found.cpu()
