@@ -1,14 +1,17 @@
-"""Criteria: from the score matrix S, the weights, or training, to one importance a unit."""
+"""Criteria: from the score matrix S, feature maps, weights or training to one importance a unit."""
 
+from attrfast.criteria.activation import ActivationCriterion, APoZ, HRank
 from attrfast.criteria.base import (
     Criterion,
     criterion_names,
     get_criterion,
     register_criterion,
+    same_objective,
 )
 from attrfast.criteria.batch_norm import BNScale
+from attrfast.criteria.curvature import OBD
 from attrfast.criteria.gradient import Attribution, Taylor, TaylorFO, TaylorGuided
-from attrfast.criteria.reductions import REDUCTIONS, Reduction
+from attrfast.criteria.reductions import MEAN, REDUCTIONS, Reduction
 from attrfast.criteria.soft import Soft
 from attrfast.criteria.sss import SSS
 from attrfast.criteria.trained import Learnt, Phase, TrainedCriterion, Trainee
@@ -19,11 +22,16 @@ __all__ = [
     "FPGM",
     "L1",
     "L2",
+    "MEAN",
+    "OBD",
     "REDUCTIONS",
     "SSS",
+    "APoZ",
+    "ActivationCriterion",
     "Attribution",
     "BNScale",
     "Criterion",
+    "HRank",
     "Learnt",
     "Phase",
     "Random",
@@ -39,4 +47,5 @@ __all__ = [
     "criterion_names",
     "get_criterion",
     "register_criterion",
+    "same_objective",
 ]
