@@ -85,7 +85,8 @@ def ways(comparison: Comparison, network: str) -> dict[str, Curve]:
         for budget in reversed(comparison.budgets):
             cells = comparison.of(network, method, budget)
             if cells:
-                found[method] = _mean_way(cells)
+                if any(len(cell.history) > 2 for cell in cells):  # one step is no way
+                    found[method] = _mean_way(cells)
                 break
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from attrfast.compare.work import Work, cell_mark
 from attrfast.errors import InputError
 from attrfast.finetune import FineTune, FineTuneLike
 
+METHODS = ("attribution", "taylor_guided", "taylor", "l1")
+BUDGETS = (0.4, 0.15)
 TRAIN = FineTune(epochs=5, optimizer="adamw", lr=3e-3, schedule="onecycle", weight_decay=0.01)
 
 
@@ -27,8 +30,8 @@ def compare(
     networks: Mapping[str, Network],
     data: Data,
     *,
-    methods: Methods = ("attribution", "taylor_guided", "taylor", "l1"),
-    budgets: Sequence[float] = (0.4, 0.15),
+    methods: Methods = METHODS,
+    budgets: Sequence[float] = BUDGETS,
     seeds: Sequence[int] = (0, 1, 2),
     train: FineTuneLike = TRAIN,
     pretrained: Mapping[str, Callable[[nn.Module], Any]] | None = None,
@@ -68,8 +71,9 @@ def compare(
             compared as well. Or a mapping from names of your choice to these.
         budgets: shares of the multiply-adds that may be left, each in (0, 1).
         seeds: of the first weights, the order of the data and the random numbers of a method.
-        train: how the whole networks are trained: epochs, an `attrfast.FineTune` or a callable
-            `(model, step)`; 0 for networks that come trained.
+        train: how the whole networks are trained: epochs (AdamW, with one rise and fall of the learning
+            rate to 3e-3), an `attrfast.FineTune` or a callable `(model, step)`; 0 for networks that come
+            trained.
         pretrained: network -> what loads weights into the network before it is trained. Training from
             scratch leaves it out.
         finetune, final_finetune, filters_per_step, max_batches: as of `attrfast.prune`, for all methods.
@@ -96,7 +100,7 @@ def compare(
         methods=methods,
         budgets=budgets,
         seeds=seeds,
-        train=train,
+        train=dataclasses.replace(TRAIN, epochs=train) if type(train) is int else train,
         finetune=finetune,
         final_finetune=final_finetune,
         filters_per_step=filters_per_step,

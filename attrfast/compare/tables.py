@@ -130,8 +130,9 @@ def per_class(comparison: Comparison) -> str:
     """Top-1 of every class before and after, one table a network and budget."""
     parts = [
         "# Top-1 by class",
-        "In percent, before → after, means over seeds (the spread in brackets is the sample standard "
-        "deviation of the change). **▼** marks the class that a method loses most on.",
+        "In percent: before, and after each method with the change in brackets (means over seeds, and "
+        "the sample standard deviation of the change). **▼** marks the worst class of a method: it "
+        "loses most there.",
     ]
     for network in comparison.networks:
         for budget in comparison.budgets:
@@ -164,8 +165,7 @@ def per_class(comparison: Comparison) -> str:
 
 
 def _class_cell(row: ClassRow) -> str:
-    spread = "" if math.isnan(row.change.std) else f" (±{row.change.std:.2f})"
-    text = f"{row.before.mean:.2f} → {row.after.mean:.2f}{spread}"
+    text = f"{row.after.mean:.2f} ({_spread(row.change, '{:+.2f}')})"
     return f"**▼ {text}**" if row.worst else text
 
 
