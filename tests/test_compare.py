@@ -26,7 +26,7 @@ from attrfast.compare.peers import prune_by_peer
 from attrfast.compare.records import Cell, CellKey, ClassCount, Measured
 from attrfast.compare.scratch import narrow
 from attrfast.criteria import L1
-from attrfast.errors import InputError, TargetError
+from attrfast.errors import InputError, ModelError, TargetError
 from attrfast.finetune import FineTune
 
 pytest.importorskip("sklearn")
@@ -475,6 +475,34 @@ def test_a_peer_ranks_by_magnitude_in_its_own_way() -> None:
     assert first == {"one" if lowest[2] is model.one else "two": 1}
 
 
+def test_a_network_that_a_peer_fails_on_is_named_as_its_limit() -> None:
+    class FixedView(Plain):
+        """A view whose sizes are written out in the code."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.two(torch.relu(self.norm(self.one(x)))))
+            return self.head(x.view(-1, 16, 9).amax(2))
+
+    with pytest.raises(ModelError, match="Torch-Pruning can't prune this network: RuntimeError"):
+        prune_by_peer(FixedView(), footing(0.2), "tp_magnitude")
+
+
+def test_gradients_that_do_not_reach_a_layer_count_as_zero() -> None:
+    class Auxiliary(Plain):
+        """A second output, which is no part of the loss."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = torch.relu(self.two(torch.relu(self.norm(self.one(x))))).amax((2, 3))
+            return self.head(x), self.spare(x)
+
+    pruned = prune_by_peer(Auxiliary(), footing(0.5), "tp_group_taylor")
+    assert pruned.history[-1].macs <= 0.5 * pruned.history[0].macs
+
+
 def test_a_peer_that_gets_no_further_says_so() -> None:
     with pytest.raises(TargetError, match="removes nothing more"):
         prune_by_peer(
@@ -519,6 +547,7 @@ def test_pretrained_weights_are_loaded_but_not_from_scratch(tmp_path: Path) -> N
     )
     assert not found.failures
     assert bool((load_file(tmp_path / "starts/plain/seed-0.safetensors")["two.weight"] == 1).all())
+    assert len(loaded) == 1  # for the start; cells have its weights, and from scratch there are none
     random = found["plain", "scratch:l1", 0.5, 0]
     assert random.history[-1].loss != found["plain", "l1", 0.5, 0].history[-1].loss
 

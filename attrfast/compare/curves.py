@@ -122,7 +122,12 @@ def panels(curves: Mapping[str, Curve], title: str, path: Path) -> None:
         for ax in axes[max(0, len(curves) - columns) : len(curves)]:
             ax.tick_params(labelbottom=True)
         _scale(axes[0], curves)
-        figure.supxlabel("multiply-adds left (% of the whole network)", fontsize=10, color=INK)
+        figure.supxlabel(
+            "multiply-adds left (% of the whole network)\n"
+            "grey: the other methods; band: one standard deviation over seeds each way",
+            fontsize=9,
+            color=INK,
+        )
         figure.supylabel("top-1 accuracy (%)", fontsize=10, color=INK)
 
 

@@ -24,7 +24,7 @@ from attrfast.batches import Batch, main_output, unpack
 from attrfast.channels import discover
 from attrfast.compare.footing import Footing, Pruned
 from attrfast.cost import Cost, cost
-from attrfast.errors import TargetError
+from attrfast.errors import ModelError, TargetError
 from attrfast.evaluate import evaluate
 from attrfast.finetune import fine_tune
 from attrfast.result import Step
@@ -46,6 +46,7 @@ def prune_by_peer(model: nn.Module, footing: Footing, peer: str) -> Pruned:
 
     Raises:
         TargetError: Torch-Pruning removes nothing more, and the budget is not met.
+        ModelError: Torch-Pruning fails on this network.
     """
     loop = _Loop(copy.deepcopy(model).to(footing.device), footing, peer)
     while loop.now.macs > loop.limit:
@@ -107,6 +108,9 @@ class _Loop:
             batch = unpack(raw, self.footing.device)
             loss = functional.cross_entropy(main_output(batch.feed(self.model)), batch.labels.long())
             torch.autograd.backward(loss)
+        for parameter in self.model.parameters():
+            if parameter.grad is None:  # the loss does not depend on it
+                parameter.grad = torch.zeros_like(parameter)
 
     def cut(self, filters: int) -> nn.Module:
         """The model without `count` of its filters, or without fewer if those meet the budget."""
@@ -135,22 +139,29 @@ class _Loop:
             if original.grad is not None:
                 parameter.grad = original.grad.clone()
         modules = dict(smaller.named_modules())
-        pruner = tp.pruner.BasePruner(
-            smaller,
-            _positional(self.example),
-            importance=_IMPORTANCES[self.peer](),
-            global_pruning=True,
-            pruning_ratio=share,
-            ignored_layers=[modules[name] for name in self.whole_layers],
-            root_module_types=[tp.ops.TORCH_CONV],
-            # Its default arguments are dictionaries that all pruners would share.
-            in_channel_groups={},
-            out_channel_groups={},
-            num_heads={},
-        )
-        pruner.step()
+        try:
+            pruner = tp.pruner.BasePruner(
+                smaller,
+                _positional(self.example),
+                importance=_IMPORTANCES[self.peer](),
+                global_pruning=True,
+                pruning_ratio=share,
+                ignored_layers=[modules[name] for name in self.whole_layers],
+                root_module_types=[tp.ops.TORCH_CONV],
+                # Its default arguments are dictionaries that all pruners would share.
+                in_channel_groups={},
+                out_channel_groups={},
+                num_heads={},
+            )
+            pruner.step()
+            size = self.cost_of(smaller)
+        except Exception as error:
+            raise ModelError(
+                f"Torch-Pruning can't prune this network: {type(error).__name__}: {error}; leave "
+                f"{self.peer} out"
+            ) from error
         smaller.zero_grad(set_to_none=True)
-        return smaller, self.cost_of(smaller)
+        return smaller, size
 
     def tune(self, how: Any, number: int) -> None:
         seed = self.footing.seed + 2 * number + 1

@@ -82,7 +82,8 @@ class Work:
         start, weights = self.folder.start(key.start), self.folder.weights(key.start)
         if start is None or weights is None:
             raise AttrfastError(f"the start of {key} is gone from {self.folder.root}; compare again")
-        data, model = open_loaders(self.settings.data, key.seed), self._untrained(key.start)
+        data = open_loaders(self.settings.data, key.seed)
+        model = self._untrained(key.start, random=True)
         model.load_state_dict(weights)
         device = resolve_device(model, self.settings.device)
         footing = self._footing(key, data, device)
