@@ -376,7 +376,7 @@ def test_a_single_seed_has_no_spread() -> None:
     text = made_up({"cat": 3}, {"a": {"cat": 1}}).summary()
     line = next(line for line in text.splitlines() if line.startswith("| a "))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["a", "50%", "10.00", "-20.00", "5.00e2 (50.00)", "5.00e1 (50.00)", "1"]
+    assert cells == ["a", "50%", "10.00", "-20.00", "5.00e2 (50.00)", "5.00e1 (50.00)", "3", "1"]
 
 
 def test_pictures_have_a_panel_for_every_method(tmp_path: Path) -> None:
@@ -508,6 +508,17 @@ def test_a_peer_that_gets_no_further_says_so() -> None:
         prune_by_peer(
             Plain(), footing(0.01, finetune=FineTune(epochs=0), filters_per_step=28), "tp_magnitude"
         )
+
+
+def test_epochs_of_a_criterion_that_trains_count_too() -> None:
+    class Trains(Raises):
+        trains, epochs = True, 5
+
+    task = footing(0.5, final_finetune=FineTune(epochs=7), finetune=FineTune(epochs=2))
+    assert task.epochs(3) == 3 * 2 + 7
+    assert task.epochs(3, Trains()) == 3 * (2 + 5) + 7
+    assert task.epochs(0) == 0
+    assert footing(0.5, finetune=print).epochs(3) is None
 
 
 def test_scratch_has_the_architecture_of_the_other_and_all_its_epochs(grid: Comparison) -> None:

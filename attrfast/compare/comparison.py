@@ -38,6 +38,8 @@ class Row:
         macs, params: multiply-adds of one image, and parameters.
         macs_pruned, params_pruned: in percent of the whole network's.
         change: of top-1 against the same seed's whole network, in percentage points.
+        epochs: passes over the training images that the method made, mean over seeds; None for the whole
+            network and where a callable fine-tunes.
     """
 
     network: str
@@ -49,6 +51,7 @@ class Row:
     params: Spread
     params_pruned: Spread
     change: Spread
+    epochs: float | None
 
 
 @dataclass(frozen=True)
@@ -119,12 +122,14 @@ class Comparison:
         starts = [start.measured for start in self.starts if start.key.network == network]
         if not starts:
             return []
-        rows = [_row(network, None, None, [(whole, whole) for whole in starts])]
+        rows = [_row(network, None, None, [(whole, whole) for whole in starts], [None])]
         for budget in self.budgets:
             for method in self.methods:
-                pairs = [(c.before, c.after) for c in self.of(network, method, budget)]
-                if pairs:
-                    rows.append(_row(network, method, budget, pairs))
+                cells = self.of(network, method, budget)
+                if cells:
+                    pairs = [(cell.before, cell.after) for cell in cells]
+                    epochs = [cell.epochs for cell in cells]
+                    rows.append(_row(network, method, budget, pairs, epochs))
         return rows
 
     def class_rows(self, network: str, method: str, budget: float) -> list[ClassRow]:
@@ -180,7 +185,10 @@ def _row(
     method: str | None,
     budget: float | None,
     pairs: Sequence[tuple[Measured, Measured]],
+    epochs: Sequence[int | None],
 ) -> Row:
+    known = [count for count in epochs if count is not None]
+
     def pruned(before: int, after: int) -> float:
         return 100 * (1 - after / before)
 
@@ -194,4 +202,5 @@ def _row(
         params=Spread.of(after.params for _, after in pairs),
         params_pruned=Spread.of(pruned(before.params, after.params) for before, after in pairs),
         change=Spread.of(100 * (after.top1 - before.top1) for before, after in pairs),
+        epochs=statistics.fmean(known) if known else None,
     )

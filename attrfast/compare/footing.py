@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attrfast.criteria import Criterion
 from attrfast.finetune import FineTune
 from attrfast.result import Step
 
@@ -36,14 +37,19 @@ class Footing:
     device: torch.device
     seed: int
 
-    def epochs(self, steps: int) -> int | None:
-        """Passes over the training images of a run of so many steps; None where nothing tells."""
+    def epochs(self, steps: int, criterion: Criterion | None = None) -> int | None:
+        """Passes over the training images of a run of so many steps; None where nothing tells.
+
+        Args:
+            criterion: one that trains the model in every step has `trains`, and its `epochs` count too.
+        """
         hows = [self.finetune] * steps
         if self.final_finetune is not None and steps:
             hows.append(self.final_finetune)
         counts = [how.epochs if isinstance(how, FineTune) else None for how in hows]
         known = [count for count in counts if count is not None]
-        return sum(known) if len(known) == len(counts) else None
+        own = int(getattr(criterion, "epochs", 0)) if getattr(criterion, "trains", False) else 0
+        return sum(known) + own * steps if len(known) == len(counts) else None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Knows nothing of what a job is: it is handed to `work`, which returns nothing an
 from __future__ import annotations
 
 import signal
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Set
@@ -235,6 +236,7 @@ def _serve(line: Any, work: Work, threads: int) -> None:
     """The main loop of another process: jobs come in, and how they went goes out."""
     # Ctrl-C reaches all processes of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # gives back what it holds
     torch.set_num_threads(threads)
     while True:
         try:

@@ -116,6 +116,7 @@ def compare(
     bar = tqdm(
         total=len(chosen.starts) + len(chosen.cells),
         desc="comparing",
+        unit="cell",
         disable=None if progress else True,
         leave=False,
         smoothing=0,  # cells differ: the time left is told from the mean of all
@@ -125,8 +126,8 @@ def compare(
         def note(done: Done) -> None:
             if done.error is not None:
                 failures.append(Failure(done.job, done.error, done.details))
-            bar.set_postfix_str(f"{done.job}" + (", failed" if done.error is not None else ""))
             bar.update()
+            bar.set_postfix_str(f"{done.job}" + (", failed" if done.error is not None else ""))
 
         for done in jobs.run({key: set[StartKey]() for key in chosen.starts}):
             note(done)

@@ -27,6 +27,8 @@ DEFINITIONS = (
     "mean ± spread: over seeds; the spread is the sample standard deviation, n the number of seeds "
     "(none is given for n = 1).",
     "Change: top-1 against the whole network of the same seed, in percentage points.",
+    "Epochs: passes over the training images that a method made in all, mean over seeds; for a network "
+    "trained from scratch those of its whole training.",
 )
 
 
@@ -71,6 +73,7 @@ def _main_table(rows: Sequence[Row], published: Published | None) -> str:
         "change",
         "multiply-adds (pruned %)",
         "parameters (pruned %)",
+        "epochs",
         "n",
     ]
     if published is not None:
@@ -86,6 +89,7 @@ def _main_table(rows: Sequence[Row], published: Published | None) -> str:
             f"{_count(row.macs.mean)}" + ("" if whole else f" ({_spread(row.macs_pruned, '{:.2f}')})"),
             f"{_count(row.params.mean)}"
             + ("" if whole else f" ({_spread(row.params_pruned, '{:.2f}')})"),
+            _NONE if row.epochs is None else f"{row.epochs:.4g}",
             str(row.top1.n),
         ]
         if published is not None:

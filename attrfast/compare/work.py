@@ -136,7 +136,7 @@ class Work:
                 seed=footing.seed,
                 progress=False,
             )
-            epochs = footing.epochs(len(result.history) - 1)
+            epochs = footing.epochs(len(result.history) - 1, method.criterion)
             return Pruned(result.model, tuple(result.history), result.gates, epochs, result.stopped)
         if method.peer is not None:
             from attrfast.compare.peers import prune_by_peer
