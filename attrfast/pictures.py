@@ -16,12 +16,11 @@ from attrfast.errors import BackendError, InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Path = str | os.PathLike[str]
 
-INK, MUTED, COLOUR = "#1f2933", "#7b8794", "#2166ac"
-_RULE, _GONE = "#e4e7eb", "#d5dde5"
+_INK, _MUTED, _RULE = "#1f2933", "#7b8794", "#e4e7eb"
+_KEPT, _GONE = "#2166ac", "#d5dde5"
 _BLANK: Final = {
     "facecolor": "white",
     "edgecolor": "none",
@@ -30,9 +29,9 @@ _BLANK: Final = {
 _STYLE: Final[Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
+    "text.color": _INK,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
@@ -41,8 +40,8 @@ _STYLE: Final[Any] = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": _RULE,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 160,
 }
@@ -80,7 +79,7 @@ def trade_off(history: Sequence[Row], path: Path) -> None:
     share = [100 * row.macs / history[0].macs for row in history]
     top1 = [100 * row.top1 for row in history]
     with _axes(path, 7.2, 4.2) as axes:
-        axes.plot(share, top1, color=COLOUR, linewidth=1.6, marker="o", markersize=4)
+        axes.plot(share, top1, color=_KEPT, linewidth=1.6, marker="o", markersize=4)
         axes.invert_xaxis()
         axes.set_title("Accuracy while filters are removed")
         axes.set_xlabel("multiply-adds left (% of the whole model)")
@@ -97,7 +96,7 @@ def trade_off(history: Sequence[Row], path: Path) -> None:
                 xytext=shift,
                 textcoords="offset points",
                 ha="left" if index == 0 else "right",
-                color=INK,
+                color=_INK,
                 bbox=_BLANK,
             )
 
@@ -121,7 +120,7 @@ def kept_filters(result: Result, path: Path) -> None:
     with _axes(path, 7.2, 1.3 + 0.26 * len(names)) as axes:
         rows = range(len(names))
         axes.barh(rows, total, color=_GONE, height=0.72, label="removed")
-        axes.barh(rows, kept, color=COLOUR, height=0.72, label="kept")
+        axes.barh(rows, kept, color=_KEPT, height=0.72, label="kept")
         for row, (left, whole) in enumerate(zip(kept, total, strict=True)):
             axes.annotate(
                 f"{left} of {whole}",
@@ -130,10 +129,10 @@ def kept_filters(result: Result, path: Path) -> None:
                 textcoords="offset points",
                 va="center",
                 fontsize=8,
-                color=MUTED,
+                color=_MUTED,
                 bbox=_BLANK,
             )
-        axes.set_yticks(rows, names, fontsize=8, color=INK)
+        axes.set_yticks(rows, names, fontsize=8, color=_INK)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, 1.12 * max(total))
@@ -153,17 +152,6 @@ def kept_filters(result: Result, path: Path) -> None:
 @contextmanager
 def _axes(path: Path, width: float, height: float) -> Iterator[Axes]:
     """One set of axes of a figure of `width` x `height` inches, saved to `path` on leaving."""
-    with canvas(path, width, height) as figure:
-        yield figure.add_subplot()
-
-
-@contextmanager
-def canvas(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of `width` x `height` inches in the style of all pictures, saved to `path` on leaving.
-
-    Raises:
-        BackendError: matplotlib is not installed.
-    """
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -177,5 +165,5 @@ def canvas(path: Path, width: float, height: float) -> Iterator[Figure]:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
-        yield figure
+        yield figure.add_subplot()
         figure.savefig(path)

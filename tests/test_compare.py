@@ -169,7 +169,7 @@ def test_cell_is_what_prune_gives(grid: Comparison, network: str, method: str) -
     for measured, network_there in ((cell.before, model), (cell.after, result.model)):
         expected = right_by_class(network_there, splits.test)
         for label, counted in zip(sorted(expected), measured.classes, strict=True):
-            assert counted == ClassCount(str(label), len(expected[label]), sum(expected[label]))
+            assert counted == ClassCount(label, str(label), len(expected[label]), sum(expected[label]))
 
 
 def test_all_methods_start_from_the_same_network(grid: Comparison) -> None:
@@ -329,9 +329,8 @@ def made_up(before: dict[str, int], after: dict[str, dict[str, int]], seeds: int
     """A comparison in which every class has ten images."""
 
     def measured(right: dict[str, int], macs: int) -> Measured:
-        return Measured(
-            tuple(ClassCount(name, 10, hits) for name, hits in right.items()), macs, macs // 10
-        )
+        classes = (ClassCount(i, name, 10, hits) for i, (name, hits) in enumerate(right.items()))
+        return Measured(tuple(classes), macs, macs // 10)
 
     whole = measured(before, 1000)
     step = attrfast.Step(0, 1.0, 8, 0.9, 0.1, 1000, 100, 0.0, 0.0)
@@ -372,6 +371,22 @@ def test_the_worst_class_is_the_one_that_loses_most() -> None:
     assert cells == ["dog", "10", "90.00", "**▼ 60.00 (-30.00)**", "90.00 (+0.00)"]
 
 
+def test_classes_are_matched_by_their_label_where_test_sets_differ() -> None:
+    found = made_up({"cat": 3, "dog": 9}, {"a": {"cat": 1, "dog": 6}}, seeds=2)
+
+    def without_cat(measured: Measured) -> Measured:
+        return dataclasses.replace(measured, classes=measured.classes[1:])
+
+    cells = [
+        cell
+        if cell.key.seed == 0
+        else dataclasses.replace(cell, before=without_cat(cell.before), after=without_cat(cell.after))
+        for cell in found.cells
+    ]
+    (row,) = dataclasses.replace(found, cells=tuple(cells)).class_rows("net", "a", 0.5)
+    assert (row.name, row.before.mean, row.after.mean, row.change.n) == ("dog", 90, 60, 2)
+
+
 def test_a_single_seed_has_no_spread() -> None:
     text = made_up({"cat": 3}, {"a": {"cat": 1}}).summary()
     line = next(line for line in text.splitlines() if line.startswith("| a "))
@@ -392,7 +407,20 @@ def test_pictures_have_a_panel_for_every_method(tmp_path: Path) -> None:
     for method in after:
         assert f">{method}<" in text
     files = curves.draw(found, tmp_path)
-    assert [path.name for path in files] == ["curves-net.png", "ways-net.png"]
+    assert [path.name for path in files] == ["curves-net.png", "ways-net.png", "order-net.png"]
+
+
+def test_methods_are_ordered_by_their_accuracy(tmp_path: Path) -> None:
+    import matplotlib
+
+    from attrfast.compare import curves
+
+    after = {"low": {"cat": 2}, "high": {"cat": 8}, "middle": {"cat": 5}}
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        curves.order(made_up({"cat": 9}, after), "net", tmp_path / "order.svg")
+    text = (tmp_path / "order.svg").read_text()
+    # Marks of an axis are written from the bottom upwards.
+    assert text.index(">low<") < text.index(">middle<") < text.index(">high<")
 
 
 def test_ways_are_means_of_interpolated_histories() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from attrfast.compare.published import Published
-from attrfast.compare.records import Cell, Failure, Measured, Start
+from attrfast.compare.records import Cell, ClassCount, Failure, Measured, Start
 from attrfast.errors import InputError
 
 
@@ -133,18 +133,25 @@ class Comparison:
         return rows
 
     def class_rows(self, network: str, method: str, budget: float) -> list[ClassRow]:
-        """The classes before and after, in the order of their labels."""
+        """The classes before and after, in the order of their labels.
+
+        Where the test set depends on the seed, a class that a seed has no images of is left out.
+        """
         cells = self.of(network, method, budget)
         if not cells:
             return []
         found = []
-        for index, known in enumerate(cells[0].before.classes):
-            before = [100 * c.before.classes[index].top1 for c in cells]
-            after = [100 * c.after.classes[index].top1 for c in cells]
+        sides = [(_by_label(cell.before), _by_label(cell.after)) for cell in cells]
+        for known in cells[0].before.classes:
+            pairs = [(b[known.label], a[known.label]) for b, a in sides if known.label in b]
+            if len(pairs) < len(cells):
+                continue
+            before = [100 * b.top1 for b, _ in pairs]
+            after = [100 * a.top1 for _, a in pairs]
             change = [b - a for a, b in zip(before, after, strict=True)]
             spreads = (Spread.of(before), Spread.of(after), Spread.of(change))
             found.append((known, spreads))
-        lowest = min(change.mean for _, (_, _, change) in found)
+        lowest = min((change.mean for _, (_, _, change) in found), default=0.0)
         return [
             ClassRow(network, method, budget, k.name, k.images, b, a, c, worst=c.mean == lowest)
             for k, (b, a, c) in found
@@ -178,6 +185,10 @@ class Comparison:
             f"{len(self.budgets)} budgets, {len(self.seeds)} seeds: {len(self.cells)} cells, "
             f"{len(self.failures)} failures)"
         )
+
+
+def _by_label(measured: Measured) -> dict[int, ClassCount]:
+    return {known.label: known for known in measured.classes}
 
 
 def _row(

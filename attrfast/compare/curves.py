@@ -1,7 +1,7 @@
 """A comparison as pictures: accuracy against multiply-adds, one small panel a method.
 
 With many methods one set of axes is a tangle; here every panel shows its method in colour, with the
-spread over seeds, before all others in grey.
+spread over seeds, before all others in grey. A second picture has the methods in their order.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from attrfast.canvas import INK, KEPT, MUTED, figure_for
 from attrfast.compare.comparison import Comparison, Spread
 from attrfast.compare.records import Cell
-from attrfast.pictures import COLOUR, INK, MUTED, canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLUMNS = 4
-_GREY = "#cbd2d9"
+_GREY, _BAND = "#cbd2d9", "#c7d9ea"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ def draw(comparison: Comparison, folder: Path) -> list[Path]:
                 path = folder / f"{name}-{stem}.png"
                 panels(curves, f"{network}: {title}", path)
                 files.append(path)
+        if comparison.rows(network)[1:]:
+            files.append(folder / f"order-{stem}.png")
+            order(comparison, network, files[-1])
     return files
 
 
@@ -111,7 +114,7 @@ def panels(curves: Mapping[str, Curve], title: str, path: Path) -> None:
     """
     columns = min(_COLUMNS, len(curves))
     rows = math.ceil(len(curves) / columns)
-    with canvas(path, max(4.8, 2.7 * columns), 0.9 + 2.1 * rows) as figure:
+    with figure_for(path, max(4.8, 2.7 * columns), 0.9 + 2.1 * rows) as figure:
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
         for ax, method in zip(axes, curves, strict=False):
@@ -131,15 +134,63 @@ def panels(curves: Mapping[str, Curve], title: str, path: Path) -> None:
         figure.supylabel("top-1 accuracy (%)", fontsize=10, color=INK)
 
 
+def order(comparison: Comparison, network: str, path: Path) -> None:
+    """Draws the methods in the order of their accuracy on the test set, one panel a budget.
+
+    Raises:
+        BackendError: matplotlib is not installed.
+    """
+    whole, *rows = comparison.rows(network)
+    by_budget = {
+        budget: sorted((r for r in rows if r.budget == budget), key=lambda r: r.top1.mean)
+        for budget in comparison.budgets
+    }
+    shown = {budget: mine for budget, mine in by_budget.items() if mine}
+    longest = max(len(mine) for mine in shown.values())
+    columns = min(3, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    size = max(5.6, 0.8 + 3.3 * columns), 1.0 + lines * (0.5 + 0.24 * longest)
+    with figure_for(path, *size) as figure:
+        title = f"{network}: test images, best method first"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+        axes = figure.subplots(lines, columns, sharex=True, squeeze=False).flatten()
+        for ax in axes[len(shown) :]:
+            ax.set_axis_off()
+        for ax in axes[len(shown) - columns : len(shown)]:
+            ax.tick_params(labelbottom=True)
+        for ax, (budget, mine) in zip(axes, shown.items(), strict=False):
+            ax.axvline(whole.top1.mean, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+            ax.errorbar(
+                [row.top1.mean for row in mine],
+                range(longest - len(mine), longest),
+                xerr=[0.0 if math.isnan(row.top1.std) else row.top1.std for row in mine],
+                fmt="o",
+                color=KEPT,
+                ecolor=_BAND,
+                elinewidth=4,
+                markersize=4.5,
+            )
+            names = [str(row.method) for row in mine]
+            ax.set_yticks(range(longest - len(mine), longest), names, fontsize=8.5, color=INK)
+            ax.set_ylim(-0.7, longest - 0.3)
+            ax.tick_params(axis="y", length=0)
+            ax.set_title(f"{100 * budget:g}% of the multiply-adds", fontsize=10)
+        figure.supxlabel(
+            "top-1 accuracy (%); bar: one standard deviation over seeds each way; dashed: whole network",
+            fontsize=9,
+            color=INK,
+        )
+
+
 def _panel(ax: Axes, curves: Mapping[str, Curve], method: str) -> None:
     for other, curve in curves.items():
         if other != method:
             ax.plot(curve.share, [p.mean for p in curve.top1], color=_GREY, linewidth=0.8, zorder=1)
     mine = curves[method]
     means = [point.mean for point in mine.top1]
-    ax.fill_between(mine.share, *mine.band, color=COLOUR, alpha=0.22, linewidth=0, zorder=2)
+    ax.fill_between(mine.share, *mine.band, color=KEPT, alpha=0.22, linewidth=0, zorder=2)
     size = 3.5 if len(means) <= 8 else 2.0
-    ax.plot(mine.share, means, color=COLOUR, linewidth=1.6, marker="o", markersize=size, zorder=3)
+    ax.plot(mine.share, means, color=KEPT, linewidth=1.6, marker="o", markersize=size, zorder=3)
     last = mine.top1[-1]
     spread = "" if math.isnan(last.std) else f" ± {last.std:.1f}"
     ax.set_title(method, fontsize=10, color=INK)

@@ -89,8 +89,8 @@ def measure(
     if len(names) < len(images) and int(images[len(names) :].sum()):
         raise InputError(f"the test set has labels above {len(names) - 1}, the last of the classes")
     counts = [
-        ClassCount(name, int(n), int(hits))
-        for name, n, hits in zip(names, images, right, strict=False)
+        ClassCount(label, name, int(n), int(hits))
+        for label, (name, n, hits) in enumerate(zip(names, images, right, strict=False))
         if n
     ]
     return Measured(tuple(counts), size.macs, size.params)

@@ -44,6 +44,7 @@ class CellKey:
 class ClassCount:
     """A class of the test set: its images, and how many of them a model gets right."""
 
+    label: int
     name: str
     images: int
     right: int
