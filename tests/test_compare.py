@@ -531,6 +531,14 @@ def test_gradients_that_do_not_reach_a_layer_count_as_zero() -> None:
     assert pruned.history[-1].macs <= 0.5 * pruned.history[0].macs
 
 
+def test_a_peer_takes_fewer_filters_where_so_many_would_remove_none() -> None:
+    """All filters but one at once: whole layers are among the lowest, and are passed over."""
+    torch.manual_seed(0)
+    task = footing(0.2, filters_per_step=27, finetune=FineTune(epochs=0))
+    pruned = prune_by_peer(Plain(), task, "tp_magnitude")
+    assert pruned.history[-1].macs <= 0.2 * pruned.history[0].macs
+
+
 def test_a_peer_that_gets_no_further_says_so() -> None:
     with pytest.raises(TargetError, match="removes nothing more"):
         prune_by_peer(

@@ -116,7 +116,11 @@ class _Loop:
         """The model without `count` of its filters, or without fewer if those meet the budget."""
         low, high = 0, min(self.count, filters)
         smaller, size = self.without(high / filters)
-        if size.macs >= self.now.macs and size.params >= self.now.params:
+        while size == self.now and high > 1:
+            # A layer of which all filters are among the lowest is passed over: fewer may remove more.
+            high //= 2
+            smaller, size = self.without(high / filters)
+        if size == self.now:
             raise TargetError(
                 f"Torch-Pruning removes nothing more at {self.now.macs / self.whole.macs:.1%} of the "
                 f"multiply-adds, where the budget is {self.footing.budget:.1%}"
