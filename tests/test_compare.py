@@ -546,7 +546,7 @@ def test_a_peer_that_gets_no_further_says_so() -> None:
         )
 
 
-def test_epochs_of_a_criterion_that_trains_count_too() -> None:
+def test_epochs_of_a_criterion_that_trains_count_too(tmp_path: Path) -> None:
     class Trains(Raises):
         trains, epochs = True, 5
 
@@ -555,6 +555,11 @@ def test_epochs_of_a_criterion_that_trains_count_too() -> None:
     assert task.epochs(3, Trains()) == 3 * (2 + 5) + 7
     assert task.epochs(0) == 0
     assert footing(0.5, finetune=print).epochs(3) is None
+    methods = {"trains": Trains(), "scratch": "scratch:trains"}
+    found = attrfast.compare({"plain": Plain}, digits, out=tmp_path, **{**ONE, "methods": methods})
+    method, scratch = found.cells
+    assert method.epochs == 6 * (len(method.history) - 1)
+    assert scratch.epochs == 2 + method.epochs
 
 
 def test_scratch_has_the_architecture_of_the_other_and_all_its_epochs(grid: Comparison) -> None:

@@ -30,6 +30,7 @@ def train_from_scratch(
     *,
     gates: dict[str, torch.Tensor],
     history: tuple[Step, ...],
+    epochs: int,
     train: FineTune,
 ) -> Pruned:
     """Trains an architecture that a method found, with the epochs that the method took in all.
@@ -39,20 +40,21 @@ def train_from_scratch(
         footing: what all methods share.
         gates: the filters that the method left, by convolution.
         history: the method's.
+        epochs: that the method made after the whole network was trained.
         train: how whole networks are trained.
 
     Raises:
         NumericalError: the loss is not finite.
     """
     narrow(model, footing, gates)
-    epochs = train.epochs + (footing.epochs(len(history) - 1) or 0)
-    how = dataclasses.replace(train, epochs=epochs)
+    total = train.epochs + epochs
+    how = dataclasses.replace(train, epochs=total)
     fine_tune(model, footing.train, how, step=0, device=footing.device, seed=footing.seed)
     with seeded(footing.seed, [footing.val], footing.device):
         seen = evaluate(model, footing.val, device=footing.device)
     row = dataclasses.replace(history[-1], step=1, top1=seen.top1, loss=seen.loss)
-    stopped = f"trained from random weights for {epochs} epochs"
-    return Pruned(model, (history[0], row), gates, epochs, stopped)
+    stopped = f"trained from random weights for {total} epochs"
+    return Pruned(model, (history[0], row), gates, total, stopped)
 
 
 def narrow(model: nn.Module, footing: Footing, gates: dict[str, torch.Tensor]) -> None:

@@ -144,11 +144,13 @@ class Work:
             return prune_by_peer(model, footing, method.peer)
         donor = self._donor(key)
         assert isinstance(self.settings.train, FineTune)
+        assert donor.epochs is not None
         return train_from_scratch(
             self._untrained(key.start, random=True).to(footing.device),
             footing,
             gates=_read(donor.gates or {}),
             history=donor.history,
+            epochs=donor.epochs,
             train=self.settings.train,
         )
 
