@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,12 @@ def open_loaders(data: Data, seed: int) -> Opened:
     if isinstance(found, Splits):
         return Opened(found.train, found.val, found.test, found.classes)
     if isinstance(found, (tuple, list)) and len(found) == 3:
+        for name, loader in zip(("train", "val", "test"), found, strict=True):
+            if isinstance(loader, Iterator):
+                raise InputError(
+                    f"the {name} loader can be read only once (a {type(loader).__name__}); pass a list or "
+                    f"a DataLoader"
+                )
         return Opened(*found, classes=None)
     raise InputError(
         f"the data must be an attrfast.data.Splits, three loaders (train, val, test), or a function of "

@@ -158,7 +158,10 @@ def load_imagenet(model: nn.Module, kind: str) -> None:
     """
     library = require("torchvision.models", of="torchvision")
     try:
-        state = library.get_model_weights(kind).DEFAULT.get_state_dict(progress=False, check_hash=True)
+        known = library.get_model_weights(kind)
+        # The first ones, which published results of the time start from; later ones score higher.
+        weights = getattr(known, "IMAGENET1K_V1", known.DEFAULT)
+        state = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"torchvision's weights of {kind} could not be fetched or read: {error}; put them into its "

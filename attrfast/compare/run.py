@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from attrfast.compare.comparison import Comparison
 from attrfast.compare.files import Folder
+from attrfast.compare.loaders import open_loaders
 from attrfast.compare.pool import Done, pool
 from attrfast.compare.published import Published
 from attrfast.compare.records import Cell, CellKey, Failure, Start, StartKey
@@ -108,6 +109,8 @@ def compare(
         device=device,
         pretrained=pretrained,
     )
+    if not callable(data):
+        open_loaders(data, seed=0)  # refuses what has the wrong form
     for name, count in (("workers", workers), ("threads", threads)):
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise InputError(f"{name} must be a whole number of at least 1, got {count!r}")
@@ -130,6 +133,8 @@ def compare(
             bar.set_postfix_str(f"{done.job}" + (", failed" if done.error is not None else ""))
 
         for done in jobs.run({key: set[StartKey]() for key in chosen.starts}):
+            if done.error is not None and resume and folder.start(done.job) is not None:
+                raise InputError(done.error)  # nothing failed: what is there is not of these settings
             note(done)
         lost = {failure.key for failure in failures}
         starts = {
