@@ -12,6 +12,7 @@ import pytest
 import test_data
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from attrfast import cli, models
@@ -151,6 +152,27 @@ def test_recipe_is_complete_and_its_cost_is_what_it_says(name: str) -> None:
     assert f"At most {epochs} epochs" in recipe.cost()
     assert names.pretrained(recipe.network) is None or recipe.data == "flowers102"
     assert f"{name}: " in runner.invoke(cli.app, ["compare", "--list-recipes"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "params"),
+    [
+        ("flowers-vgg16", 224, 1.35e8),
+        ("flowers-resnet18", 224, 1.12e7),
+        ("flowers-resnet50", 224, 2.37e7),
+        ("cifar10-vgg16", 32, 1.47e7),
+    ],
+)
+def test_recipe_has_the_network_whose_size_is_known(name: str, size: int, params: float) -> None:
+    pytest.importorskip("torchvision")
+    recipe = recipes.recipe(name)
+    classes = tuple(str(i) for i in range(102 if recipe.data == "flowers102" else 10))
+    splits = names.replace(names.NamedData("digits:8")(0), classes=classes, image_shape=(3, size, size))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # counts need no values
+        model = names.network(recipe.network, splits)().eval()
+        model(torch.empty(1, 3, size, size))
+    assert counter.get_total_flops() / 2 == pytest.approx(recipe.macs, rel=0.005)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(params, rel=0.005)
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
