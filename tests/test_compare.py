@@ -9,6 +9,7 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -480,6 +481,55 @@ def test_peers_meet_the_budget_and_remove_no_more_than_it_needs(peer: str, build
     assert sum(p.numel() for p in pruned.model.parameters()) == last.params
     logits = pruned.model(next(iter(digits(0).val))[0])
     assert logits.shape[1] == 10
+
+
+class Recording:
+    """A loader that notes the labels of every pass."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.generator = loader, loader.generator
+        self.passes: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        seen: list[int] = []
+        self.passes.append(seen)
+        for images, labels in self.loader:
+            seen.extend(labels.tolist())
+            yield images, labels
+
+    @property
+    def whole_passes(self) -> list[list[int]]:
+        return [seen for seen in self.passes if len(seen) == 150]
+
+
+def test_peers_see_the_batches_in_the_same_order_as_criteria() -> None:
+    orders = []
+    for method in ("l1", "attribution", "tp_magnitude", "tp_group_taylor"):
+        task = footing(0.5, train=Recording(digits(0).train), finetune=FineTune(epochs=2), seed=4)
+        assert isinstance(task.train, Recording)
+        if method.startswith("tp"):
+            prune_by_peer(Plain(), task, method)
+        else:
+            attrfast.prune(
+                Plain(),
+                task.train,
+                method,
+                max_macs=0.5,
+                filters_per_step=8,
+                val_loader=task.val,
+                finetune=task.finetune,
+                max_batches=1,
+                seed=4,
+                progress=False,
+            )
+        orders.append(task.train.whole_passes)
+    steps = min(map(len, orders))
+    assert steps >= 2
+    assert len({str(order[:steps]) for order in orders}) == 1
+    assert orders[0][0] != orders[0][1]
 
 
 def test_a_peer_ranks_by_magnitude_in_its_own_way() -> None:

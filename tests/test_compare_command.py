@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import test_data
 import torch
+import typer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -99,6 +101,15 @@ def test_ctrl_c_has_an_exit_status_of_its_own(tmp_path: Path, monkeypatch: pytes
     result = compare(tmp_path)
     assert result.exit_code == 130
     assert "the same command goes on" in result.stderr
+
+
+def test_options_in_the_docs_exist() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
+    command = typer.main.get_command(cli.app).commands["compare"]  # type: ignore[attr-defined]
+    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    assert len(named) >= 8
+    assert named <= known
 
 
 # --- recipes ---------------------------------------------------------------------------------------
