@@ -85,7 +85,7 @@ def compare(
         out: folder of the cells.
         resume: False computes everything anew, in place of what is there.
         progress: show a bar with the time left when standard error is a terminal.
-        published: figures to print beside ours, see `attrfast.compare.published`.
+        published: figures to print beside ours (`from attrfast.compare import published`).
         notes: what a reader must know, for the report.
 
     Returns:
