@@ -26,7 +26,7 @@ from attrfast.compare.names import limited
 from attrfast.compare.peers import prune_by_peer
 from attrfast.compare.records import Cell, CellKey, ClassCount, Measured
 from attrfast.compare.scratch import narrow
-from attrfast.criteria import L1
+from attrfast.criteria import L1, BNScale, Soft
 from attrfast.errors import InputError, ModelError, TargetError
 from attrfast.finetune import FineTune
 
@@ -598,15 +598,13 @@ def test_a_peer_that_gets_no_further_says_so() -> None:
 
 
 def test_epochs_of_a_criterion_that_trains_count_too(tmp_path: Path) -> None:
-    class Trains(Raises):
-        trains, epochs = True, 5
-
     task = footing(0.5, final_finetune=FineTune(epochs=7), finetune=FineTune(epochs=2))
     assert task.epochs(3) == 3 * 2 + 7
-    assert task.epochs(3, Trains()) == 3 * (2 + 5) + 7
+    assert task.epochs(3, Soft(epochs=5)) == 3 * (2 + 5) + 7
+    assert task.epochs(3, BNScale()) == 3 * 2 + 7  # trains where it is given a sparsity alone
     assert task.epochs(0) == 0
     assert footing(0.5, finetune=print).epochs(3) is None
-    methods = {"trains": Trains(), "scratch": "scratch:trains"}
+    methods = {"soft": Soft(epochs=5), "scratch": "scratch:soft"}
     found = attrfast.compare({"plain": Plain}, digits, out=tmp_path, **{**ONE, "methods": methods})
     method, scratch = found.cells
     assert method.epochs == 6 * (len(method.history) - 1)

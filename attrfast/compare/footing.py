@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attrfast.criteria import Criterion
+from attrfast.criteria import Criterion, TrainedCriterion
 from attrfast.finetune import FineTune
 from attrfast.result import Step
 
@@ -41,14 +41,16 @@ class Footing:
         """Passes over the training images of a run of so many steps; None where nothing tells.
 
         Args:
-            criterion: one that trains the model in every step has `trains`, and its `epochs` count too.
+            criterion: the epochs of one that trains the model in every step count too.
         """
         hows = [self.finetune] * steps
         if self.final_finetune is not None and steps:
             hows.append(self.final_finetune)
         counts = [how.epochs if isinstance(how, FineTune) else None for how in hows]
         known = [count for count in counts if count is not None]
-        own = int(getattr(criterion, "epochs", 0)) if getattr(criterion, "trains", False) else 0
+        own = 0
+        if isinstance(criterion, TrainedCriterion) and criterion.trains:
+            own = criterion.epochs
         return sum(known) + own * steps if len(known) == len(counts) else None
 
 
