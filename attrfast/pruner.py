@@ -137,6 +137,11 @@ def prune(
     )
     tuning = as_finetune(finetune)
     final = None if final_finetune is None else as_finetune(final_finetune)
+    if rule.trains and (classes is not None or balance is not None):
+        raise InputError(
+            f"the criterion {rule.name!r} trains on all samples and knows no classes; leave out classes and "
+            f"balance, or choose a criterion that measures"
+        )
     asked = Asked(keep_ratio, max_macs, max_params, max_accuracy_drop, needed=not rule.trains)
     if filters_per_step is not None and (not isinstance(filters_per_step, int) or filters_per_step < 1):
         raise InputError(
