@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from attrfast.batches import Batch, check_iterable, resolve_device, unpack
 from attrfast.channels import Discovery, discover
-from attrfast.criteria import REDUCTIONS, Criterion, Reduction, get_criterion
+from attrfast.criteria import REDUCTIONS, Criterion, Measurement, Reduction, get_criterion
 from attrfast.diagnosis import first_nonfinite
 from attrfast.errors import InputError, ModelError, NumericalError
 from attrfast.heap import kept_pages
@@ -78,10 +79,7 @@ class Pass:
 
     def _matrix(self, batch: Batch) -> torch.Tensor:
         def forward() -> Any:
-            with torch.autocast(
-                self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
-            ):
-                return batch.feed(self.model)
+            return _forward(self.model, self.amp_dtype, batch)
 
         def objective(output: Any) -> torch.Tensor:
             total = self.objective(output, batch)
@@ -128,6 +126,13 @@ class Pass:
         return raw.to(torch.float64)
 
 
+def _forward(model: nn.Module, amp_dtype: torch.dtype | None, batch: Batch) -> Any:
+    """The model's output, under autocast in `amp_dtype` where there is one."""
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, dtype=amp_dtype, enabled=amp_dtype is not None):
+        return batch.feed(model)
+
+
 def attribute(
     model: nn.Module,
     loader: Iterable[Any],
@@ -160,7 +165,7 @@ def attribute(
         device: run there (on a copy, if the model is elsewhere); None: where the model is.
         amp_dtype: `torch.bfloat16` or `torch.float16` runs the forward pass under autocast.
         progress: show a bar when standard error is a terminal.
-        seed: of the criterion `random`.
+        seed: of what a criterion draws at random (`random`, `iba`).
         units: the model's units, if they are known from an earlier call; with the pass that they were
             found in (`attrfast.channels.discover`), no other is recorded.
 
@@ -199,15 +204,20 @@ def attribute(
         kept_pages(place.type == "cpu" and rule.needs_data),
     ):
         model.eval()
-        running: Pass | None = None
+        running: Pass | Measurement | None = None
         for batch in _batches(loader, place, max_batches, progress and rule.needs_data):
             if running is None:
                 found = _discover(model, batch, units)
                 if not rule.needs_data:
                     break
-                running = Pass(
-                    model, found, rule, how, loss_fn=loss_fn, amp_dtype=amp_dtype, device=place
-                )
+                running = rule.measure(
+                    model,
+                    found,
+                    objective=Objective(rule, loss_fn),
+                    forward=functools.partial(_forward, model, amp_dtype),
+                    seed=seed,
+                    progress=progress,
+                ) or Pass(model, found, rule, how, loss_fn=loss_fn, amp_dtype=amp_dtype, device=place)
             for part in batch.split(microbatch or batch.samples):
                 running.add(part)
         if running is None:
@@ -222,7 +232,7 @@ def attribute(
         raw=raw,
         samples=samples,
         criterion=rule.name,
-        reduction=how.name if rule.needs_data else None,
+        reduction=how.name if isinstance(running, Pass) else None,
         normalize=normalize,
     )
 

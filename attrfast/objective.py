@@ -14,7 +14,7 @@ from torch import nn
 
 from attrfast.batches import Batch, check_labels, main_output
 from attrfast.criteria import Criterion
-from attrfast.errors import AttrfastError, InputError, ModelError
+from attrfast.errors import AttrfastError, InputError, NoGradientError
 from attrfast.rows import rows
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
@@ -90,7 +90,7 @@ class Objective:
 
         Raises:
             InputError: the output is no matrix of logits, or a label is outside it.
-            ModelError: the objective is not differentiable.
+            NoGradientError: the objective is not differentiable.
         """
         if self.loss is not None:
             total = self.loss(output, batch.raw, batch.labels, batch.samples) * self.criterion.loss_sign
@@ -106,7 +106,7 @@ class Objective:
                 )
             total = values.sum()
         if not total.requires_grad:
-            raise ModelError(
+            raise NoGradientError(
                 "the objective has no gradient: no differentiable path leads from a convolution to "
                 "the model's output; look for torch.no_grad() or .detach() in forward, or in the loss"
             )

@@ -1,12 +1,15 @@
-"""Criteria: from the score matrix S, or from the weights, to one importance a unit."""
+"""Criteria: from the score matrix S, from feature maps or from the weights to one importance a unit."""
 
 from attrfast.criteria.base import (
     Criterion,
+    Measurement,
     criterion_names,
     get_criterion,
     register_criterion,
 )
+from attrfast.criteria.causal_map import CausalMap
 from attrfast.criteria.gradient import Attribution, Taylor, TaylorFO, TaylorGuided
+from attrfast.criteria.iba import InformationBottleneck
 from attrfast.criteria.reductions import REDUCTIONS, Reduction
 from attrfast.criteria.weights import L1, L2, Random, WeightNorm
 
@@ -15,7 +18,10 @@ __all__ = [
     "L2",
     "REDUCTIONS",
     "Attribution",
+    "CausalMap",
     "Criterion",
+    "InformationBottleneck",
+    "Measurement",
     "Random",
     "Reduction",
     "Taylor",
