@@ -11,7 +11,7 @@ Must not know what is made of the maps. No hook is set and nothing is written to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,13 @@ from attrfast.matrix import RowsError
 from attrfast.trace import (
     Call,
     Numbering,
+    Param,
     Trace,
     call_name,
     is_silent,
     opened,
     state_names,
+    tensors_in,
     trace,
     written_to,
 )
@@ -137,7 +139,8 @@ class FeatureMaps:
             maps[place] = x
             return x.clone() if place.overwritten else x
 
-        output = self.run(batch, forward, recording, recording.places, keep)
+        end = len(recording.record.calls)
+        output = self.run(batch, forward, recording, recording.places, keep, end)
         return Captured(output, recording, maps)
 
     def run(
@@ -147,24 +150,34 @@ class FeatureMaps:
         recording: Recording,
         places: dict[int, Place],
         visit: Callable[[Place, torch.Tensor], torch.Tensor],
+        end: int,
     ) -> Any:
         """Runs the model; at every one of the places it goes on with what `visit` makes of the map.
 
+        Args:
+            end: so many of the recorded calls must be made again. What comes after them is free; after
+                all of them, nothing may come.
+
         Raises:
-            OtherCallsError: up to the last of the places, the model makes other calls than the recorded.
+            OtherCallsError: the model makes other calls.
             ModelError: the model keeps activations in a way of its own (checkpointing).
         """
         try:
             # A recomputed part would not meet its places again, and gradients would silently be wrong.
             with (
                 torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED),
-                _MapMode(self.model, recording.record, places, visit),
+                _MapMode(self.model, recording.record, places, visit, end) as mode,
             ):
-                return forward(batch)
+                output = forward(batch)
         except RuntimeError as error:
             if _CHECKPOINTED in str(error):
                 raise ModelError(_CHECKPOINTED) from error
             raise
+        if mode.index < mode.end:
+            raise OtherCallsError(
+                f"the model ends after {mode.index} calls, and made {mode.end} in an earlier pass"
+            )
+        return output
 
 
 _CHECKPOINTED = (
@@ -250,6 +263,19 @@ def _channels(model: nn.Module, record: Trace, units: Units) -> dict[int, tuple[
     return {value: place for value, place in found.items() if bool((place[1] >= 0).any())}
 
 
+def _state(call: Call) -> list[str]:
+    """Names of the parameters and buffers that a recorded call is given, in order."""
+
+    def names(tree: Any) -> Iterator[str]:
+        if isinstance(tree, Param):
+            yield tree.name
+        elif isinstance(tree, (tuple, dict)):
+            for item in tree.values() if isinstance(tree, dict) else tree:
+                yield from names(item)
+
+    return list(names((call.args, call.kwargs)))
+
+
 class _MapMode(TorchFunctionMode):
     """Runs a recorded pass again, with parameters detached, and shows its places to `visit`."""
 
@@ -259,14 +285,17 @@ class _MapMode(TorchFunctionMode):
         record: Trace,
         places: dict[int, Place],
         visit: Callable[[Place, torch.Tensor], torch.Tensor],
+        end: int,
     ) -> None:
         super().__init__()
         self.calls, self.places, self.visit = record.calls, places, visit
         self.frozen = {id(p): p.detach() for p in model.parameters()}
         names = state_names(model)
         self.numbering = Numbering(names | {id(self.frozen[i]): names[i] for i in self.frozen})
-        self.index = 0
-        self.end = 1 + max((place.call for place in places.values()), default=-1)
+        self.index, self.end = 0, end
+
+    def _name(self, tensor: torch.Tensor) -> str:
+        return self.numbering.names[id(tensor)]
 
     def _detached(self, tree: Any) -> Any:
         if isinstance(tree, torch.Tensor):
@@ -290,13 +319,17 @@ class _MapMode(TorchFunctionMode):
         args = tuple(self._detached(a) for a in args)
         kwargs = {key: self._detached(value) for key, value in kwargs.items()}
         name = call_name(func)
-        if self.index == self.end or is_silent(name):
+        if is_silent(name) or self.index == self.end < len(self.calls):
             return func(*args, **kwargs)
+        if self.index == len(self.calls):
+            raise OtherCallsError(f"the model goes on with {name} after {self.index} calls")
         call, inputs = self.calls[self.index], self.numbering.inputs(args, kwargs)
-        if call.name != name or call.inputs != inputs:
+        state = [self._name(t) for t in tensors_in((args, kwargs)) if self.numbering.is_state(t)]
+        if (call.name, call.inputs, _state(call)) != (name, inputs, state):
             raise OtherCallsError(
-                f"call {self.index} of the model is {name}{inputs}, and was {call.name}{call.inputs} in "
-                f"an earlier pass; if its way depends on chance, make it fixed in eval mode"
+                f"call {self.index} of the model is {name}{inputs} with {state or 'no parameters'}, and "
+                f"was {call.name}{call.inputs} with {_state(call) or 'none'} in an earlier pass; if its "
+                f"way depends on chance, make it fixed in eval mode"
             )
         self.index += 1
         out = func(*args, **kwargs)

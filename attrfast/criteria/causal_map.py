@@ -52,13 +52,11 @@ def agreement(maps: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
     Returns:
         (N, C), in [0, 1].
     """
-    positive = maps.relu()
     # By their largest values first: squares of small numbers would vanish.
-    positive = _by_largest(positive)
-    causal = _by_largest(causal)
+    positive, causal = _by_largest(maps.relu()), _by_largest(causal)
     dot = torch.einsum("ncp,np->nc", positive, causal)
     norms = positive.norm(dim=2) * causal.norm(dim=1, keepdim=True)
-    return torch.where(norms > 0, dot / norms, 0.0)
+    return torch.where(norms == 0, 0.0, dot / norms)  # what is not finite stays so
 
 
 def _by_largest(x: torch.Tensor) -> torch.Tensor:

@@ -268,7 +268,7 @@ class _Bottlenecks:
             found.append(x.clone() if place.overwritten else x)
             return x
 
-        self.feature_maps.run(batch, self.forward, recording, {place.value: place}, keep)
+        self.feature_maps.run(batch, self.forward, recording, {place.value: place}, keep, place.call + 1)
         return found[0]
 
     def _through(self, place: Place, batch: Batch, recording: Recording, z: torch.Tensor) -> Any:
@@ -277,7 +277,9 @@ class _Bottlenecks:
         def change(_: Place, x: torch.Tensor) -> torch.Tensor:
             return torch.empty_like(x).copy_(as_given(z, x, place.dim))  # with the strides of x
 
-        return self.feature_maps.run(batch, self.forward, recording, {place.value: place}, change)
+        return self.feature_maps.run(
+            batch, self.forward, recording, {place.value: place}, change, place.call + 1
+        )
 
 
 def _mixed(*numbers: int) -> int:
