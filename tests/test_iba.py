@@ -41,7 +41,7 @@ def score(model: nn.Module, batches: Any, seed: int = 0, **options: Any) -> attr
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """All the noise that is drawn, in order."""
     kept: list[torch.Tensor] = []
     draw = torch.randn
@@ -51,7 +51,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
         return kept[-1]
 
     monkeypatch.setattr(torch, "randn", kept_draw)
-    yield kept
+    return kept
 
 
 def blurred(x: torch.Tensor, deviation: float) -> torch.Tensor:
