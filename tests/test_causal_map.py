@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import attrfast
+from attrfast.channels import discover
 from attrfast.criteria import CausalMap
 
 SAMPLES = 6
@@ -212,6 +213,44 @@ def test_batches_may_go_different_ways_through_the_model() -> None:
     expected = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
     batches = [(x[n : n + 1], labels()[n : n + 1]) for n in range(SAMPLES) for x in (once, twice)]
     assert_scores(score(model, batches), expected)
+
+
+class Branches(nn.Module):
+    """Two ways with the same calls and other parameters; bright images take the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.bright = nn.Conv2d(4, 4, 3, padding=1)
+        self.dark = nn.Conv2d(4, 4, 3, padding=1)
+        self.bright_head = nn.Linear(4, CLASSES)
+        self.dark_head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bright = float(x.sum()) > 0
+        x = torch.relu((self.bright if bright else self.dark)(torch.relu(self.stem(x))))
+        return (self.bright_head if bright else self.dark_head)(x.mean((2, 3)))
+
+
+def test_ways_with_the_same_calls_are_told_apart_by_their_parameters() -> None:
+    model = made(Branches)
+    bright, dark = images() + 1, images() - 1
+    units = discover(model, (bright,), others=[((dark,), {})])
+    alone = {
+        "bright": by_definition(branches, model, bright, labels()),
+        "dark": by_definition(branches, model, dark, labels()),
+    }
+    scores = score(model, [(bright, labels()), (dark, labels())], units=units)
+    for name, expected in alone.items():  # the other half of the samples never met this convolution
+        got = scores.raw[scores.units.filters[name]]
+        torch.testing.assert_close(got, expected[name] / 2, rtol=1e-10, atol=1e-12)
+
+
+def branches(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, Maps]:
+    name = "bright" if float(x.sum()) > 0 else "dark"
+    a = functional.relu(model.stem(x))
+    b = functional.relu(getattr(model, name)(a))
+    return getattr(model, f"{name}_head")(b.mean((2, 3))), {"stem": [a], name: [b]}
 
 
 def test_a_zero_map_counts_as_zero() -> None:

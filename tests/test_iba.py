@@ -223,6 +223,31 @@ def test_what_the_decision_does_not_depend_on_scores_nothing(criterion: str) -> 
     assert (scores.raw[scores.units.filters["main"]] > 0).any()
 
 
+class Assigned(nn.Module):
+    """A map that is written piece by piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.second = nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x[:, :, 0] = 0.5
+        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("criterion", ["iba", "causal_map"])
+def test_a_map_written_piece_by_piece_scores_nothing_and_is_kept(criterion: str) -> None:
+    batch = (images(), labels())
+    scores = attrfast.attribute(made(Assigned), [batch], criterion, progress=False)
+    first = scores.units.filters["first"]
+    assert (scores.raw[first] == 0).all()
+    assert all(scores.units.frozen[unit] for unit in first)
+    assert (scores.raw[scores.units.filters["second"]] > 0).any()
+
+
 class Undecided(Functional):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).detach()

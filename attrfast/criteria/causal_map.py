@@ -146,7 +146,7 @@ class _Agreement:
                 cosines = agreement(part, grad_cam(part, slope)).sum(0).to(sums.dtype)
                 sums.index_add_(0, members.to(sums.device), cosines)
         counts = torch.zeros(len(units), dtype=torch.float64)
-        for place in captured.recording.places.values():
+        for place in captured.maps:
             counts += torch.bincount(place.units[place.units >= 0], minlength=len(units))
         return sums.cpu() / counts.clamp(min=1)
 

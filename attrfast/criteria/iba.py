@@ -109,9 +109,11 @@ class _Moments:
     def __init__(self) -> None:
         self.count = 0
         self.mean = self.squares = torch.zeros(())
+        self.dtype = torch.float32
 
     def add(self, x: torch.Tensor) -> None:
         """x: (N, C, positions...)."""
+        self.dtype = x.dtype
         x = x.detach().double()
         mean = x.mean(0)
         squares = (x - mean).square().sum(0)
@@ -130,11 +132,13 @@ class _Moments:
         self.mean = self.mean + step * (len(x) / total)
         self.count = total
 
-    def deviation(self, dtype: torch.dtype) -> torch.Tensor:
-        """Of a sample; 0 where nothing is left but rounding."""
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation, which is 0 where nothing is left but rounding, in float32 or float64."""
         deviation = (self.squares / max(1, self.count - 1)).sqrt()
-        rounding = 4 * torch.finfo(dtype).eps * self.mean.abs()
-        return torch.where(deviation > rounding, deviation, 0.0)
+        rounding = 4 * torch.finfo(self.dtype).eps * self.mean.abs()
+        deviation = torch.where(deviation > rounding, deviation, 0.0)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return self.mean.to(wide), deviation.to(wide)
 
 
 class _Bottlenecks:
@@ -152,7 +156,7 @@ class _Bottlenecks:
         self.options, self.feature_maps = options, feature_maps
         self.objective, self.forward = objective, forward
         self.seed, self.progress = seed, progress
-        self.batches: list[tuple[Batch, Recording]] = []
+        self.batches: list[tuple[Batch, Recording, list[Place]]] = []
         self.moments: dict[Place, _Moments] = {}
         self.samples = 0
         self.unheard: NoGradientError | None = None  # of a map that J does not depend on
@@ -170,7 +174,7 @@ class _Bottlenecks:
             return
         for place, x in maps.items():
             self.moments.setdefault(place, _Moments()).add(x)
-        self.batches.append((batch, captured.recording))
+        self.batches.append((batch, captured.recording, list(maps)))
         self.samples += batch.samples
 
     def importance(self) -> torch.Tensor:
@@ -181,14 +185,14 @@ class _Bottlenecks:
                 "the variance of its feature maps; give it more"
             )
         total = torch.zeros(len(self.feature_maps.units), dtype=torch.float64)
-        work = sum(len(recording.places) for _, recording in self.batches)
+        work = sum(len(places) for _, _, places in self.batches)
         bar = tqdm(total=work, desc="bottlenecks", leave=False, disable=None if self.progress else True)
         first, heard = 0, False
         with bar:
-            for batch, recording in self.batches:
+            for batch, recording, places in self.batches:
                 bits = torch.zeros(len(total), dtype=torch.float64)
                 counts = torch.zeros(len(total), dtype=torch.float64)
-                for place in recording.places.values():
+                for place in places:
                     known = place.units >= 0
                     members = place.units[known]
                     counts[torch.unique(members)] += 1
@@ -216,70 +220,60 @@ class _Bottlenecks:
 
         Args:
             first: how many samples come before the batch. A sample's noise depends on its number alone.
+
+        Raises:
+            NoGradientError: J does not depend on the map.
         """
         options = self.options
-        moments = self.moments[place]
-        with torch.no_grad():
-            x = self._map(place, batch, recording)
-        r = by_channel(x, place.dim, batch.samples).to(torch.promote_types(x.dtype, torch.float32))
-        mean, deviation = moments.mean.to(r.dtype), moments.deviation(x.dtype).to(r.dtype)
+        mean, deviation = self.moments[place].finish()
+        shape = (batch.samples, *mean.shape)
         # Channels of no unit pass as they are.
-        scored = (place.units >= 0).view(-1, *[1] * (r.dim() - 2)).to(r.device)
+        scored = (place.units >= 0).view(-1, *[1] * (mean.dim() - 1)).to(mean.device)
         varies = (deviation > 0) & scored
-        normal = torch.where(varies, (r - mean) / torch.where(varies, deviation, 1.0), 0.0)
         noises = [
-            torch.Generator(r.device).manual_seed(_mixed(self.seed, place.value, first + n))
+            torch.Generator(mean.device).manual_seed(_mixed(self.seed, place.value, first + n))
             for n in range(batch.samples)
         ]
-        kernels = [_blur(size, options.blur, r) for size in r.shape[2:]]
-        alpha = torch.full_like(r, 5.0, requires_grad=True)
+        kernels = [_blur(size, options.blur, mean) for size in mean.shape[1:]]
+        alpha = torch.full(shape, 5.0, dtype=mean.dtype, device=mean.device, requires_grad=True)
         adam = torch.optim.Adam([alpha], lr=options.learning_rate)
+        # Every term of J is one sample's, so that samples are optimised apart from each other.
+        weight = options.beta / (int(scored.sum()) * math.prod(mean.shape[1:]))
+        r = opened = closed = alpha
 
-        def passed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            opened = _blurred(alpha.sigmoid(), kernels)
-            closed = _blurred((-alpha).sigmoid(), kernels)
-            return opened, closed, information(normal, opened, closed, varies)
+        def shares() -> tuple[torch.Tensor, torch.Tensor]:
+            return _blurred(alpha.sigmoid(), kernels), _blurred((-alpha).sigmoid(), kernels)
 
-        # Every term of the sum is one sample's, so that samples are optimised apart from each other.
-        share = options.beta / (int(scored.sum()) * math.prod(r.shape[2:]))
+        def passed() -> torch.Tensor:
+            normal = torch.where(varies, (r - mean) / torch.where(varies, deviation, 1.0), 0.0)
+            return information(normal, opened, closed, varies)
+
+        def restrict(_: Place, x: torch.Tensor) -> torch.Tensor:
+            nonlocal r
+            r = by_channel(x, place.dim, batch.samples).to(mean.dtype)
+            draws = [
+                torch.randn(mean.shape, generator=g, dtype=mean.dtype, device=mean.device)
+                for g in noises
+            ]
+            noise = mean + deviation * torch.stack(draws)
+            z = torch.where(scored, opened * r + closed * noise, r)
+            return torch.empty_like(x).copy_(as_given(z, x, place.dim))  # with the strides of x
+
         for _ in range(options.iterations):
             with torch.enable_grad():
-                opened, closed, kl = passed()
-                loss = share * kl.sum()
+                opened, closed = shares()
+                loss = torch.zeros((), dtype=mean.dtype, device=mean.device)
                 for _ in range(options.noise_samples):
-                    eps = torch.stack(
-                        [
-                            torch.randn(r.shape[1:], generator=g, dtype=r.dtype, device=r.device)
-                            for g in noises
-                        ]
+                    output = self.feature_maps.run(
+                        batch, self.forward, recording, {place.value: place}, restrict, place.call + 1
                     )
-                    z = torch.where(scored, opened * r + closed * (mean + deviation * eps), r)
-                    output = self._through(place, batch, recording, z)
                     loss = loss + self.objective(output, batch) / options.noise_samples
+                loss = loss + weight * passed().sum()
             (alpha.grad,) = torch.autograd.grad(loss, [alpha])
             adam.step()
         with torch.no_grad():
-            return passed()[2].flatten(2).sum((0, 2)) / math.log(2)
-
-    def _map(self, place: Place, batch: Batch, recording: Recording) -> torch.Tensor:
-        found: list[torch.Tensor] = []
-
-        def keep(_: Place, x: torch.Tensor) -> torch.Tensor:
-            found.append(x.clone() if place.overwritten else x)
-            return x
-
-        self.feature_maps.run(batch, self.forward, recording, {place.value: place}, keep, place.call + 1)
-        return found[0]
-
-    def _through(self, place: Place, batch: Batch, recording: Recording, z: torch.Tensor) -> Any:
-        """The model's output with z, (N, C, positions...), in place of the map."""
-
-        def change(_: Place, x: torch.Tensor) -> torch.Tensor:
-            return torch.empty_like(x).copy_(as_given(z, x, place.dim))  # with the strides of x
-
-        return self.feature_maps.run(
-            batch, self.forward, recording, {place.value: place}, change, place.call + 1
-        )
+            opened, closed = shares()
+            return passed().flatten(2).sum((0, 2)) / math.log(2)
 
 
 def _mixed(*numbers: int) -> int:
