@@ -288,6 +288,12 @@ def test_all_layers_are_served_by_one_pass_a_batch() -> None:
     assert calls == 1 + 3  # one finds the units
 
 
+def test_inputs_may_ask_for_gradients_and_get_none() -> None:
+    model, wanted = made(Plain), images().requires_grad_()
+    assert torch.equal(score(model, [(wanted, labels())]).raw, score(model, [(images(), labels())]).raw)
+    assert wanted.grad is None
+
+
 def test_half_precision_comes_near() -> None:
     model = made(Plain).float()
     batch = [(images().float(), labels())]

@@ -21,6 +21,7 @@ from attrfast.criteria.gradient import Attribution
 from attrfast.errors import NumericalError
 from attrfast.feature_maps import FeatureMaps, Forward, Place, by_channel
 from attrfast.matrix import RowsError
+from attrfast.trace import tensors_in
 from attrfast.units import Units
 
 # Gradients are multiplied by this, as small ones vanish in fp16; a cosine does not see it.
@@ -130,28 +131,51 @@ class _Agreement:
         with torch.enable_grad():
             captured = self.feature_maps.capture(batch, self.forward)
             total = self.objective(captured.output, batch)
-        # What is computed without gradients is no cause of the decision.
-        maps = {place: x for place, x in captured.maps.items() if x.requires_grad}
-        grads = torch.autograd.grad(total * _SCALE, list(maps.values()), allow_unused=True)
         sums = torch.zeros(len(units), dtype=torch.float64, device=total.device)
-        for (place, x), g in zip(maps.items(), grads, strict=True):
-            if g is None:
-                continue
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            a, g = (
-                by_channel(t.detach().to(dtype), place.dim, batch.samples).flatten(2) for t in (x, g)
-            )
-            for members, channels in _layers_at(place, units):
-                part, slope = (a, g) if channels is None else (a[:, channels], g[:, channels])
-                cosines = agreement(part, grad_cam(part, slope)).sum(0).to(sums.dtype)
-                sums.index_add_(0, members.to(sums.device), cosines)
         counts = torch.zeros(len(units), dtype=torch.float64)
-        for place in captured.maps:
+        # Where gradients end; on the way there they pass all other maps.
+        ends = [t for t in tensors_in((batch.args, batch.kwargs)) if t.requires_grad]
+        for place, x in captured.maps.items():
             counts += torch.bincount(place.units[place.units >= 0], minlength=len(units))
+            # What is computed without gradients is no cause of the decision.
+            if x.requires_grad:
+                reader = _Reader(place, units, x.detach(), batch.samples, sums)
+                x.register_hook(reader)  # type: ignore[no-untyped-call]
+                if x.is_leaf:
+                    ends.append(x)
+        del captured  # so that maps are freed on the way
+        torch.autograd.grad(total * _SCALE, ends, allow_unused=True)
         return sums.cpu() / counts.clamp(min=1)
 
     def importance(self) -> torch.Tensor:
         return self.total / self.samples
+
+
+class _Reader:
+    """Adds the cosines at one place when its gradient comes, which is then no longer needed.
+
+    Args:
+        x: the map, in the layout that the model gives it.
+        sums: (U,), what is added to.
+    """
+
+    def __init__(
+        self, place: Place, units: Units, x: torch.Tensor, samples: int, sums: torch.Tensor
+    ) -> None:
+        self.place, self.units, self.samples, self.sums = place, units, samples, sums
+        self.x = by_channel(x, place.dim, samples)
+
+    def __call__(self, g: torch.Tensor) -> None:
+        dtype = torch.promote_types(g.dtype, torch.float32)
+        maps, grads = (
+            t.to(dtype).flatten(2) for t in (self.x, by_channel(g, self.place.dim, self.samples))
+        )
+        for members, channels in _layers_at(self.place, self.units):
+            part, slope = maps, grads
+            if channels is not None:
+                part, slope = part[:, channels], slope[:, channels]
+            cosines = agreement(part, grad_cam(part, slope)).sum(0).to(self.sums.dtype)
+            self.sums.index_add_(0, members.to(self.sums.device), cosines)
 
 
 def _layers_at(place: Place, units: Units) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
