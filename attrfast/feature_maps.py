@@ -277,7 +277,10 @@ def _state(call: Call) -> list[str]:
 
 
 class _MapMode(TorchFunctionMode):
-    """Runs a recorded pass again, with parameters detached, and shows its places to `visit`."""
+    """Runs a recorded pass again and shows its places to `visit`.
+
+    Whatever the pass did not make itself (parameters, inputs) is detached: only maps get gradients.
+    """
 
     def __init__(
         self,
@@ -293,12 +296,17 @@ class _MapMode(TorchFunctionMode):
         names = state_names(model)
         self.numbering = Numbering(names | {id(self.frozen[i]): names[i] for i in self.frozen})
         self.index, self.end = 0, end
+        self.foreign: list[torch.Tensor] = []  # kept, so that their ids stay theirs
 
     def _name(self, tensor: torch.Tensor) -> str:
         return self.numbering.names[id(tensor)]
 
     def _detached(self, tree: Any) -> Any:
         if isinstance(tree, torch.Tensor):
+            foreign = self.index < self.end and self.numbering.values.get(tree) is None
+            if foreign and tree.requires_grad and id(tree) not in self.frozen:
+                self.foreign.append(tree)
+                self.frozen[id(tree)] = tree.detach()
             return self.frozen.get(id(tree), tree)
         if type(tree) in (list, tuple):
             return type(tree)(self._detached(item) for item in tree)

@@ -288,10 +288,28 @@ def test_all_layers_are_served_by_one_pass_a_batch() -> None:
     assert calls == 1 + 3  # one finds the units
 
 
-def test_inputs_may_ask_for_gradients_and_get_none() -> None:
-    model, wanted = made(Plain), images().requires_grad_()
-    assert torch.equal(score(model, [(wanted, labels())]).raw, score(model, [(images(), labels())]).raw)
+class Scaled(Functional):
+    """Multiplies its input by a tensor that is no parameter and wants a gradient."""
+
+    scale = torch.full((1,), 1.0, dtype=torch.float64, requires_grad=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.scale)
+
+
+@pytest.mark.parametrize("criterion", ["causal_map", "iba"])
+def test_nothing_but_maps_gets_a_gradient(criterion: str) -> None:
+    def raw(network: type[nn.Module], x: torch.Tensor) -> torch.Tensor:
+        batches = [(x, labels())]
+        return attrfast.attribute(made(network), batches, criterion, progress=False).raw
+
+    wanted = images().requires_grad_()
+    expected = raw(Functional, images())
+    assert torch.equal(raw(Functional, wanted), expected)
+    assert torch.equal(raw(Functional, wanted * 1.0), expected)
+    assert torch.equal(raw(Scaled, images()), expected)
     assert wanted.grad is None
+    assert Scaled.scale.grad is None
 
 
 def test_half_precision_comes_near() -> None:
@@ -332,11 +350,16 @@ def test_a_model_that_never_repeats_its_calls_is_refused() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["causal_map", "iba"])
-def test_what_is_not_finite_is_an_error(criterion: str) -> None:
-    bad = images()
-    bad[2, 0, 0, 0] = float("inf")
+@pytest.mark.parametrize("where", ["an image", "a weight"])
+def test_what_is_not_finite_is_an_error(criterion: str, where: str) -> None:
+    model, x = made(Plain), images()
+    with torch.no_grad():
+        if where == "an image":
+            x[2, 0, 0, 0] = float("inf")
+        else:
+            model.features[0].weight[:] = float("nan")
     with pytest.raises(attrfast.NumericalError, match="not finite"):
-        attrfast.attribute(made(Plain), [(bad, labels())], criterion, progress=False)
+        attrfast.attribute(model, [(x, labels())], criterion, progress=False)
 
 
 @pytest.mark.parametrize("criterion", ["causal_map", "iba"])

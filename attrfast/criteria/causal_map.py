@@ -21,7 +21,6 @@ from attrfast.criteria.gradient import Attribution
 from attrfast.errors import NumericalError
 from attrfast.feature_maps import FeatureMaps, Forward, Place, by_channel
 from attrfast.matrix import RowsError
-from attrfast.trace import tensors_in
 from attrfast.units import Units
 
 # Gradients are multiplied by this, as small ones vanish in fp16; a cosine does not see it.
@@ -133,8 +132,7 @@ class _Agreement:
             total = self.objective(captured.output, batch)
         sums = torch.zeros(len(units), dtype=torch.float64, device=total.device)
         counts = torch.zeros(len(units), dtype=torch.float64)
-        # Where gradients end; on the way there they pass all other maps.
-        ends = [t for t in tensors_in((batch.args, batch.kwargs)) if t.requires_grad]
+        first = []  # where gradients end, after all other maps
         for place, x in captured.maps.items():
             counts += torch.bincount(place.units[place.units >= 0], minlength=len(units))
             # What is computed without gradients is no cause of the decision.
@@ -142,9 +140,9 @@ class _Agreement:
                 reader = _Reader(place, units, x.detach(), batch.samples, sums)
                 x.register_hook(reader)  # type: ignore[no-untyped-call]
                 if x.is_leaf:
-                    ends.append(x)
+                    first.append(x)
         del captured  # so that maps are freed on the way
-        torch.autograd.grad(total * _SCALE, ends, allow_unused=True)
+        torch.autograd.grad(total * _SCALE, first, allow_unused=True)
         return sums.cpu() / counts.clamp(min=1)
 
     def importance(self) -> torch.Tensor:

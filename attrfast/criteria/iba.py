@@ -99,7 +99,8 @@ def information(
 
     Source: Schulz et al. 2020, section 3.1, the KL of two normal distributions.
     """
-    kl = 0.5 * ((opened * r).square() + closed.square() - 1) - closed.log()
+    tiny = torch.finfo(closed.dtype).tiny
+    kl = 0.5 * ((opened * r).square() + closed.square() - 1) - closed.clamp(min=tiny).log()
     return torch.where(varies, kl, 0.0)
 
 
@@ -136,7 +137,7 @@ class _Moments:
         """Mean and deviation, which is 0 where nothing is left but rounding, in float32 or float64."""
         deviation = (self.squares / max(1, self.count - 1)).sqrt()
         rounding = 4 * torch.finfo(self.dtype).eps * self.mean.abs()
-        deviation = torch.where(deviation > rounding, deviation, 0.0)
+        deviation = torch.where(deviation <= rounding, 0.0, deviation)  # NaN stays NaN
         wide = torch.promote_types(self.dtype, torch.float32)
         return self.mean.to(wide), deviation.to(wide)
 
@@ -192,13 +193,15 @@ class _Bottlenecks:
             for batch, recording, places in self.batches:
                 bits = torch.zeros(len(total), dtype=torch.float64)
                 counts = torch.zeros(len(total), dtype=torch.float64)
-                for place in places:
+                for number, place in enumerate(places):
+                    # A sample's noise depends on its number alone, not on who shares its batch.
+                    seeds = [_mixed(self.seed, number, first + n) for n in range(batch.samples)]
                     known = place.units >= 0
                     members = place.units[known]
                     counts[torch.unique(members)] += 1
                     bar.update()
                     try:
-                        passed = self._optimised(place, batch, recording, first)
+                        passed = self._optimised(place, batch, recording, seeds)
                     except NoGradientError as error:
                         self.unheard = error
                         continue
@@ -215,11 +218,13 @@ class _Bottlenecks:
             )
         return total / self.samples
 
-    def _optimised(self, place: Place, batch: Batch, recording: Recording, first: int) -> torch.Tensor:
+    def _optimised(
+        self, place: Place, batch: Batch, recording: Recording, seeds: list[int]
+    ) -> torch.Tensor:
         """(C,) bits that pass through each channel, summed over positions and samples.
 
         Args:
-            first: how many samples come before the batch. A sample's noise depends on its number alone.
+            seeds: of each sample's noise.
 
         Raises:
             NoGradientError: J does not depend on the map.
@@ -229,11 +234,8 @@ class _Bottlenecks:
         shape = (batch.samples, *mean.shape)
         # Channels of no unit pass as they are.
         scored = (place.units >= 0).view(-1, *[1] * (mean.dim() - 1)).to(mean.device)
-        varies = (deviation > 0) & scored
-        noises = [
-            torch.Generator(mean.device).manual_seed(_mixed(self.seed, place.value, first + n))
-            for n in range(batch.samples)
-        ]
+        varies = (deviation != 0) & scored
+        noises = [torch.Generator(mean.device).manual_seed(seed) for seed in seeds]
         kernels = [_blur(size, options.blur, mean) for size in mean.shape[1:]]
         alpha = torch.full(shape, 5.0, dtype=mean.dtype, device=mean.device, requires_grad=True)
         adam = torch.optim.Adam([alpha], lr=options.learning_rate)
