@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from families import lived_in
-from small_networks import CLASSES, DataDependent, Functional, Plain, Reused, SeveralInputsAndOutputs
+from small_networks import (
+    CLASSES,
+    ChannelsInTheLastDimension,
+    DataDependent,
+    Functional,
+    Plain,
+    Quarters,
+    Reused,
+    SeveralInputsAndOutputs,
+)
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -77,8 +86,10 @@ def by_definition(
 def assert_scores(scores: attrfast.Scores, expected: dict[str, torch.Tensor]) -> None:
     assert {layer.name for layer in scores.units.layers} == set(expected)
     for name, values in expected.items():
-        got = scores.raw[scores.units.filters[name]]
-        torch.testing.assert_close(got, values, rtol=1e-10, atol=1e-12)
+        row = scores.units.filters[name].tolist()
+        for unit in set(row):  # of several channels that can only go together, the mean
+            own = [float(v) for v, u in zip(values, row, strict=True) if u == unit]
+            assert float(scores.raw[unit]) == pytest.approx(sum(own) / len(own), rel=1e-10, abs=1e-12)
 
 
 # -- networks run by hand ------------------------------------------------------------------------------
@@ -145,30 +156,39 @@ def overwritten(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, Maps]:
     return model.head(b.mean((2, 3))), {"first": [a, b]}
 
 
-class Quarters(nn.Module):
-    """Its second convolution sees the quarters of an image as samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 6, 3, padding=1)
-        self.second = nn.Conv2d(6, 8, 3, padding=1)
-        self.third = nn.Conv2d(8, 4, 3, padding=1)
-        self.head = nn.Linear(4, CLASSES)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, _, h, w = x.shape
-        x = torch.relu(self.first(x))
-        x = x.view(n, 6, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        x = torch.relu(self.third(torch.relu(self.second(x))))
-        return self.head(x.mean((2, 3)).view(n, 4, -1).mean(1))
-
-
 def quarters(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, Maps]:
     a = functional.relu(model.first(x))
     parts = a.view(1, 6, 2, 8, 2, 8).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
     b = functional.relu(model.second(parts)).movedim(0, 1)[None]  # (1, 8, 4, 8, 8)
     c = functional.relu(model.third(b[0].movedim(1, 0))).movedim(0, 1)[None]
     return model.head(c.mean((2, 3, 4))), {"first": [a], "second": [b], "third": [c]}
+
+
+class Grouped(nn.Module):
+    """A grouped convolution, whose channels can only go with those of the other groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 6, 3, padding=1, groups=2)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
+
+
+def grouped(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, Maps]:
+    a = functional.relu(model.first(x))
+    b = functional.relu(model.second(a))
+    return model.head(b.mean((2, 3))), {"first": [a], "second": [b]}
+
+
+def channels_in_the_last_dimension(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, Maps]:
+    a = functional.relu(model.first(x))
+    b = functional.gelu(model.mix(a.movedim(1, 3)).movedim(3, 1))
+    c = model.third(b).tanh()
+    logits = model.head(functional.adaptive_avg_pool2d(c, 3).flatten(1))
+    return logits, {"first": [a], "mix": [b], "third": [c]}
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], ByHand]] = {
@@ -178,6 +198,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], ByHand]] = {
     "two layers at one place": (Joined, joined),
     "maps overwritten": (Overwritten, overwritten),
     "parts of an image as samples": (Quarters, quarters),
+    "channels that can only go together": (Grouped, grouped),
+    "channels in the last dimension": (ChannelsInTheLastDimension, channels_in_the_last_dimension),
 }
 
 

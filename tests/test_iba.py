@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from families import lived_in
-from small_networks import CLASSES, Functional, Reused, Sequence1d
+from small_networks import CLASSES, ChannelsInTheLastDimension, Functional, Quarters, Reused, Sequence1d
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
 import attrfast
 from attrfast.criteria.iba import InformationBottleneck
+from attrfast.feature_maps import as_given, by_channel
 
 SAMPLES = 5
 Tail = Callable[[torch.Tensor], torch.Tensor]
@@ -180,6 +181,62 @@ def test_a_layer_with_several_maps_gets_their_mean(drawn: list[torch.Tensor]) ->
     ]
     got = scores.raw[scores.units.filters["stem"]]
     torch.testing.assert_close(got, torch.stack(parts).mean(0), rtol=1e-7, atol=1e-9)
+
+
+def test_channels_may_lie_in_any_dimension(drawn: list[torch.Tensor]) -> None:
+    model, options = made(ChannelsInTheLastDimension), OPTIONS[1]
+    scores = score(model, [(images(), labels())], **options)
+    noise = iter(drawn)
+
+    def after_third(z: torch.Tensor) -> torch.Tensor:
+        return model.head(functional.adaptive_avg_pool2d(z, 3).flatten(1))
+
+    def after_mix(z: torch.Tensor) -> torch.Tensor:
+        return after_third(model.third(z).tanh())
+
+    def mix(z: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(model.mix(z.movedim(1, 3)).movedim(3, 1))
+
+    with torch.no_grad():
+        a = torch.relu(model.first(images()))
+        b = mix(a)
+        c = model.third(b).tanh()
+    for name, maps, tail in (
+        ("first", a, lambda z: after_mix(mix(z))),
+        ("mix", b, after_mix),
+        ("third", c, after_third),
+    ):
+        expected = bits_by_hand(maps, tail, labels(), noise, options)
+        got = scores.raw[scores.units.filters[name]]
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "samples", "seen"),
+    [
+        ((2, 3, 4, 5), 1, 2, (2, 3, 4, 5)),
+        ((2, 4, 5, 3), 3, 2, (2, 3, 4, 5)),
+        ((3, 4, 5), 0, 1, (1, 3, 4, 5)),
+        ((6, 3, 4), 1, 1, (1, 3, 6, 4)),
+        ((6, 4, 3), 2, 1, (1, 3, 6, 4)),
+    ],
+)
+def test_maps_are_seen_by_sample_and_channel_and_given_back(
+    shape: tuple[int, ...], dim: int, samples: int, seen: tuple[int, ...]
+) -> None:
+    x = torch.arange(math.prod(shape)).view(shape)
+    maps = by_channel(x, dim, samples)
+    assert maps.shape == seen
+    for channel in range(shape[dim]):
+        assert torch.equal(maps[:, channel].flatten(), x.select(dim, channel).flatten())
+    assert torch.equal(as_given(maps.clone(), x, dim), x)
+
+
+def test_parts_of_an_image_may_be_the_samples_of_a_layer() -> None:
+    scores = score(made(Quarters), [(images(), labels())])
+    assert scores.samples == SAMPLES
+    assert bool(torch.isfinite(scores.raw).all())
+    assert float(scores.raw.max()) > 0
 
 
 def test_split_batches_give_the_same_scores() -> None:
