@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from attrfast.batches import Batch, check_iterable, resolve_device, unpack
 from attrfast.channels import Discovery, discover
-from attrfast.criteria import REDUCTIONS, Criterion, Measurement, Reduction, get_criterion
+from attrfast.criteria import REDUCTIONS, Criterion, OwnPass, Reduction, get_criterion
 from attrfast.diagnosis import first_nonfinite
 from attrfast.errors import InputError, ModelError, NumericalError
 from attrfast.heap import kept_pages
@@ -204,13 +204,13 @@ def attribute(
         kept_pages(place.type == "cpu" and rule.needs_data),
     ):
         model.eval()
-        running: Pass | Measurement | None = None
+        running: Pass | OwnPass | None = None
         for batch in _batches(loader, place, max_batches, progress and rule.needs_data):
             if running is None:
                 found = _discover(model, batch, units)
                 if not rule.needs_data:
                     break
-                running = rule.measure(
+                running = rule.own_pass(
                     model,
                     found,
                     objective=Objective(rule, loss_fn),

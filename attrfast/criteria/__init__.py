@@ -2,7 +2,7 @@
 
 from attrfast.criteria.base import (
     Criterion,
-    Measurement,
+    OwnPass,
     criterion_names,
     get_criterion,
     register_criterion,
@@ -21,7 +21,7 @@ __all__ = [
     "CausalMap",
     "Criterion",
     "InformationBottleneck",
-    "Measurement",
+    "OwnPass",
     "Random",
     "Reduction",
     "Taylor",

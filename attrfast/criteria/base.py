@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attrfast.channels import Discovery
 
 
-class Measurement(Protocol):
+class OwnPass(Protocol):
     """An importance that is measured otherwise than by S, batch by batch.
 
     Attributes:
@@ -41,7 +41,7 @@ class Criterion:
 
     A subclass defines `objective` and is scored by S[n, c], the first-order effect on J[n] of removing
     unit c. One that needs no data sets `needs_data = False` and defines `from_weights` instead; one that
-    is measured in another way than by S defines `measure`.
+    is measured in another way than by S defines `own_pass`.
 
         @attrfast.register_criterion("margin")
         class Margin(attrfast.Criterion):
@@ -76,7 +76,7 @@ class Criterion:
         """
         raise NotImplementedError(f"the criterion {self.name!r} defines no objective")
 
-    def measure(
+    def own_pass(
         self,
         model: nn.Module,
         found: Discovery,
@@ -85,7 +85,7 @@ class Criterion:
         forward: Callable[[Batch], Any],
         seed: int,
         progress: bool,
-    ) -> Measurement | None:
+    ) -> OwnPass | None:
         """What takes up the batches in place of S; None (the default) for a criterion that S is for.
 
         Args:

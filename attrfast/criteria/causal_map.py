@@ -81,7 +81,7 @@ class CausalMap(Attribution):
     Our reading of the abstract of doi 10.1360/SSI-2020-0186, with Selvaraju et al. 2017, eq. 1 and 2.
     """
 
-    def measure(
+    def own_pass(
         self,
         model: nn.Module,
         found: Discovery,

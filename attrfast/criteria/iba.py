@@ -73,7 +73,7 @@ class InformationBottleneck(Taylor):
         self.iterations, self.noise_samples = iterations, noise_samples
         self.beta, self.learning_rate, self.blur = float(beta), float(learning_rate), float(blur)
 
-    def measure(
+    def own_pass(
         self,
         model: nn.Module,
         found: Discovery,

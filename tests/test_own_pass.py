@@ -43,7 +43,7 @@ class MeanLoss(attrfast.Criterion):
     def objective(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return logits.gather(1, labels[:, None])[:, 0]
 
-    def measure(
+    def own_pass(
         self,
         model: nn.Module,
         found: Discovery,
