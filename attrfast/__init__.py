@@ -16,8 +16,11 @@ from attrfast.errors import (
 )
 from attrfast.evaluate import Evaluation, evaluate
 from attrfast.finetune import FineTune
+from attrfast.measure import Measurement
 from attrfast.pruner import prune
+from attrfast.recipe import Recipe
 from attrfast.result import PruneResult, Step
+from attrfast.saving import load, read_recipe
 from attrfast.scores import Scores
 
 __version__ = "0.1.0"
@@ -29,15 +32,19 @@ __all__ = [
     "Evaluation",
     "FineTune",
     "InputError",
+    "Measurement",
     "ModelError",
     "NumericalError",
     "PruneResult",
+    "Recipe",
     "Scores",
     "Step",
     "TargetError",
     "attribute",
     "criterion_names",
     "evaluate",
+    "load",
     "prune",
+    "read_recipe",
     "register_criterion",
 ]

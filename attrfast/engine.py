@@ -22,7 +22,6 @@ from attrfast.channels import Discovery, discover
 from attrfast.criteria import REDUCTIONS, Criterion, OwnPass, Reduction, get_criterion
 from attrfast.diagnosis import first_nonfinite
 from attrfast.errors import InputError, ModelError, NumericalError
-from attrfast.heap import kept_pages
 from attrfast.matrix import RowsError
 from attrfast.objective import Objective
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
@@ -201,7 +200,6 @@ def attribute(
         preserved(model),
         torch.inference_mode(False),
         torch.autocast(place.type, enabled=False),
-        kept_pages(place.type == "cpu" and rule.needs_data),
     ):
         model.eval()
         running: Pass | OwnPass | None = None

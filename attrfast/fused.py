@@ -7,7 +7,9 @@ nothing is written to the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from attrfast import ops
+from attrfast.buffers import Buffers
 from attrfast.convolution import Geometry, each, input_gradient
 from attrfast.graph import Plan
+from attrfast.layouts import channels_lie_together, empty_laid
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.reference import compute_dtype
 from attrfast.signatures import batch_norm_arguments, bound_arguments
@@ -32,6 +36,11 @@ from attrfast.trace import (
 )
 
 Tensor = torch.Tensor
+
+
+# On a CPU, large tensors of a stage are made so many bytes at a time: what a convolution writes is still in
+# the cache when the kernel after it reads it.
+PART = 4 << 20
 
 
 class PlanMismatchError(Exception):
@@ -61,6 +70,8 @@ class _Run:
         self.through: tuple[Columns, float] | None = None
         self.branch: tuple[Columns, float] | None = None
         self.matrix: ScoreMatrix | None = None
+        self.parts: Iterator[Tensor] | None = None
+        self.buffers: Buffers | None = None
         self.x_like: tuple[torch.Size, tuple[int, ...], torch.dtype] | None = None
         self.size: list[int] = []
 
@@ -72,6 +83,28 @@ class _Run:
     def reduces(self) -> bool:
         """Whether its backward kernel reads its output anyway, so that it can measure for nothing."""
         return self.clamps or self.pool is not None
+
+    def samples_at_once(self, size: int, samples: int) -> int:
+        """How many samples a convolution takes at once, forward or back: all, or as many as `PART` holds.
+
+        A convolution lays its weight out anew in each call, so a large weight is not used in parts.
+
+        Args:
+            size: bytes of a sample.
+        """
+        if self.buffers is None or self.weight is None:
+            return samples
+        if samples * size <= 2 * PART or self.weight.nbytes > PART // 4:
+            return samples
+        return min(samples, max(1, PART // max(1, size)))
+
+    def whole(self, part: Tensor, samples: int) -> Tensor:
+        """Memory for all samples, laid out like one part."""
+        assert self.buffers is not None
+        shape = samples, *part.shape[1:]
+        last = channels_lie_together(part)
+        like = empty_laid(part.new_empty((), device="meta"), last, shape)
+        return self.buffers.empty(shape, like.stride(), part.dtype)
 
     def folds(self, g: Tensor) -> bool:
         """Whether the weight takes the batch norm's scale on the way back.
@@ -105,35 +138,95 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         run: _Run = ctx.run
         (g,) = grads
-        a, code, residual = ctx.saved_tensors
+        saved = ctx.saved_tensors
         to_x, to_residual = ctx.needs_input_grad[:2]
         assert run.matrix is not None
         through = run.through
         if through is not None and not (run.reduces and to_x and run.branch is None):
-            run.matrix.add(through[0], a, g, 1, through[1])
+            run.matrix.add(through[0], saved[0], g, 1, through[1])
             through = None
         if not (to_x or to_residual or run.branch):
             return None, None, None, None
-        scale, folded = run.scale, None
-        if to_x and run.folds(g):
-            scale, folded = None, run.scale
-        gz, g1, s = _backward(run, scale, a, code, residual, g, through is not None)
+        gx, g1, s = _gradients(run, saved, g, through is not None, to_x, to_residual)
         for place in (through, run.branch):
             if place is not None:
                 run.matrix.add_sums(place[0], s, place[1])
-        gx = None
-        if to_x:
-            gx = gz if run.geometry is None else _input_gradient(run, gz, folded)
-        return gx, (g1 if to_residual else None), None, None
+        return gx, g1, None, None
+
+
+def _gradients(
+    run: _Run,
+    saved: tuple[Tensor | None, ...],
+    g: Tensor,
+    attribute: bool,
+    to_x: bool,
+    to_residual: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Gradients for x and for the residual where they are wanted, and the flow (N, C)."""
+    scale, folded = run.scale, None
+    if to_x and run.folds(g):
+        scale, folded = None, run.scale
+    if not to_x or run.geometry is None:
+        gz, g1, s = _backward(run, scale, saved, g, attribute)
+        return (gz if to_x else None), (g1 if to_residual else None), s
+    assert run.x_like is not None
+    shape, strides, dtype = run.x_like
+    step = run.samples_at_once(math.prod(shape[1:]) * g.element_size(), len(g))
+    if step == len(g):
+        gz, g1, s = _backward(run, scale, saved, g, attribute)
+        return _input_gradient(run, gz, folded).to(dtype), (g1 if to_residual else None), s
+    assert run.buffers is not None
+    gx = run.buffers.empty(shape, strides, dtype)
+    others, sums = [], []
+    for start in range(0, len(g), step):
+        here = slice(start, start + step)
+        mine = tuple(None if x is None else x[here] for x in saved)
+        gz, g1, s = _backward(run, scale, mine, g[here], attribute)
+        gx[here] = _input_gradient(run, gz, folded)
+        sums.append(s)
+        others.append(g1)
+    flow = torch.cat(sums) if attribute or run.branch is not None else g
+    if not to_residual:
+        return gx, None, flow
+    in_place = others[0].data_ptr() == g.data_ptr()
+    return gx, (g if in_place else torch.cat(others)), flow
 
 
 def _forward(run: _Run, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    z = run.z
+    z, parts = run.z, run.parts
     assert z is not None
-    run.z = run.x = run.residual = None
+    run.z = run.x = run.residual = run.parts = None
+    run.size = list(z.shape[2:])
+    if parts is None:
+        return _forward_part(run, z, residual, None)
+    out: Tensor | None = None
+    code: Tensor | None = None
+    start = 0
+    for part in parts:
+        here = slice(start, start + len(part))
+        start += len(part)
+        other = None if residual is None else residual[here]
+        target = None
+        if run.pool is None:
+            if out is None:
+                out = run.whole(part, len(z))
+            target = out[here]
+        made, places = _forward_part(run, part, other, target)
+        if run.pool is not None:
+            assert places is not None
+            if out is None or code is None:
+                out, code = run.whole(made, len(z)), run.whole(places, len(z))
+            out[here], code[here] = made, places
+    assert out is not None
+    return out, code
+
+
+def _forward_part(
+    run: _Run, z: Tensor, residual: Tensor | None, out: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What a stage makes of a convolution's output, in its memory or into `out`; and codes of a pooling."""
     backend = ops.backend_for(z.device)
     if run.pool is not None:
-        run.size = list(z.shape[2:])
         kernel, stride, padding, ceil_mode = run.pool
         p, code = backend.affine_relu_max_pool(
             z, run.scale, run.shift, kernel, stride, padding, ceil_mode, run.lower, run.upper
@@ -142,18 +235,19 @@ def _forward(run: _Run, residual: Tensor | None) -> tuple[Tensor, Tensor | None]
     plain = run.scale is None and residual is None and not run.clamps
     if plain:
         return z, None
+    bounds = run.lower, run.upper
+    if out is not None:
+        return backend.affine_relu(z, run.scale, run.shift, residual, *bounds, out=out), None
     if run.stage.owned:
-        backend.affine_relu_(z, run.scale, run.shift, residual, run.lower, run.upper)
+        backend.affine_relu_(z, run.scale, run.shift, residual, *bounds)
         return z, None
-    return backend.affine_relu(z, run.scale, run.shift, residual, run.lower, run.upper), None
+    return backend.affine_relu(z, run.scale, run.shift, residual, *bounds), None
 
 
 def _backward(
     run: _Run,
     scale: Tensor | None,
-    a: Tensor,
-    code: Tensor | None,
-    residual: Tensor | None,
+    saved: tuple[Tensor | None, ...],
     g: Tensor,
     attribute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +255,9 @@ def _backward(
 
     Args:
         scale: of the batch norm, unless the convolution's weight takes it.
+        saved: the output, codes of a pooling, and the residual, as far as they were kept.
     """
+    a, code, residual = saved
     backend = ops.backend_for(g.device)
     assert run.matrix is not None
     fresh = run.fresh and _is_dense(g) and not run.matrix.waits_for(g)
@@ -193,6 +289,15 @@ def _backward(
     return backend.affine_relu(g, scale, None, None, -INF, INF), g, g
 
 
+def _later(convolve: Callable[[Tensor], Tensor], x: Tensor, step: int) -> Iterator[Tensor]:
+    """What a convolution makes of the samples after the first `step`, when it is asked for."""
+    version = x._version
+    for part in torch.split(x[step:], step):
+        if x._version != version:
+            raise PlanMismatchError("the input of a convolution is written to before its output is read")
+        yield convolve(part)
+
+
 def _is_dense(g: Tensor) -> bool:
     """Whether every element of g has memory of its own (an expanded gradient has not)."""
     return g.is_contiguous() or (
@@ -207,11 +312,11 @@ def _input_gradient(run: _Run, gz: Tensor, scale: Tensor | None) -> Tensor:
     assert run.x_like is not None
     assert run.geometry is not None
     assert run.weight is not None
-    shape, strides, dtype = run.x_like
+    shape, strides, _ = run.x_like
     weight = run.weight
     if scale is not None:
         weight = (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
-    return input_gradient(gz, weight, shape, strides, run.geometry).to(dtype)
+    return input_gradient(gz, weight, torch.Size((len(gz), *shape[1:])), strides, run.geometry)
 
 
 class PlanMode(TorchFunctionMode):
@@ -225,6 +330,7 @@ class PlanMode(TorchFunctionMode):
         anchor: what they hang on.
         guided: the guided rule at every ReLU.
         folded: batch norms by the names of their statistics, folded on an earlier batch.
+        buffers: memory for large tensors, on a CPU.
 
     Raises:
         PlanMismatchError: within the pass, when the model makes another call than the recorded one.
@@ -240,8 +346,10 @@ class PlanMode(TorchFunctionMode):
         folded: dict[int, tuple[Tensor, Tensor]],
         *,
         guided: bool,
+        buffers: Buffers | None = None,
     ) -> None:
         super().__init__()
+        self.buffers = buffers
         self.plan, self.columns, self.matrix, self.anchor = plan, columns, matrix, anchor
         self.folded, self.guided = folded, guided
         self.frozen = {id(p): p.detach() for p in model.parameters()}
@@ -385,9 +493,23 @@ class PlanMode(TorchFunctionMode):
         weight = self.frozen.get(id(weight), weight)
         bias = self.frozen.get(id(bias), bias)
         x = self._into(index, x)
-        with torch.no_grad():
-            z = func(x, weight, bias, stride, padding, dilation, groups)
-            run.weight = weight.to(z.dtype)
+
+        def convolve(part: Tensor) -> Tensor:
+            with torch.no_grad():
+                z: Tensor = func(part, weight, bias, stride, padding, dilation, groups)
+                return z
+
+        run.weight = weight
+        shape = self.plan.shapes[self.plan.calls[index].outputs[0]]
+        step = len(x)
+        if self.buffers is not None and x.dim() == spatial + 2 and index != run.stage.last:
+            run.buffers = self.buffers
+            step = run.samples_at_once(math.prod(shape[1:]) * x.element_size(), len(x))
+        z = convolve(x if step == len(x) else x[:step])
+        if step < len(x):
+            run.parts = itertools.chain([z], _later(convolve, x, step))
+            z = z.new_empty(()).expand(len(x), *z.shape[1:])
+        run.weight = weight.to(z.dtype)
         run.geometry = Geometry(
             each(stride, spatial),
             [0] * spatial if isinstance(padding, str) else each(padding, spatial),

@@ -88,6 +88,7 @@ class Plan:
         branch: output value of a stage with an addition -> sign of the tap on its own branch.
         into: (call index, value) -> (sign, the value whose channels the flow belongs to).
         channels: value -> (dimension, unit of each channel).
+        shapes: of every value, in the recorded pass.
         fresh: values whose gradient may be overwritten.
     """
 
@@ -97,6 +98,7 @@ class Plan:
     branch: dict[int, float] = field(default_factory=dict)
     into: dict[tuple[int | None, int], tuple[float, int]] = field(default_factory=dict)
     channels: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
+    shapes: list[torch.Size] = field(default_factory=list)
     fresh: frozenset[int] = frozenset()
 
 
@@ -116,7 +118,7 @@ def make_plan(found: Discovery, weights: dict[str, str], *, guided: bool) -> Pla
     taps = network.cut()
     if taps is None:
         return None
-    plan = Plan(calls=record.calls, stages=by_call, channels=found.channels)
+    plan = Plan(calls=record.calls, stages=by_call, channels=found.channels, shapes=record.shapes)
     for tap in taps:
         if tap.call == _BRANCH:
             plan.branch[tap.value] = tap.sign

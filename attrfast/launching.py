@@ -159,9 +159,12 @@ class LaunchingBackend(ABC):
         residual: Tensor | None = None,
         lower: float = 0.0,
         upper: float = INF,
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
+        """Into `out` where it is given: of z's shape and dtype, and dense in the layout that z has."""
         x, last = common(z)
-        y = empty_laid(x, last, x.shape)
+        y = empty_laid(x, last, x.shape) if out is None else out
         self._forward(x, last, scale, shift, residual, y, lower, upper)
         return y
 

@@ -15,7 +15,6 @@ class ReferenceBackend:
     """The ops by their definitions; the in-place forms copy the result back."""
 
     name = "reference"
-    affine_relu = staticmethod(reference.affine_relu)
     affine_relu_backward = staticmethod(reference.affine_relu_backward)
     affine_add_relu_backward = staticmethod(reference.affine_add_relu_backward)
     affine_relu_max_pool = staticmethod(reference.affine_relu_max_pool)
@@ -25,6 +24,10 @@ class ReferenceBackend:
 
     def check_device(self, kind: str) -> None:
         """Every device can be worked on."""
+
+    def affine_relu(self, z: Tensor, *args: Any, out: Tensor | None = None) -> Tensor:
+        y = reference.affine_relu(z, *args)
+        return y if out is None else out.copy_(y)
 
     def affine_relu_(self, z: Tensor, *args: Any) -> None:
         z.copy_(reference.affine_relu(z, *args))

@@ -178,7 +178,14 @@ def prune(
     if inplace:
         install(model, smaller)
         smaller = user_model
-    return PruneResult(smaller, loop.history, loop.best_gates, rule.name, stopped)
+    return PruneResult(
+        smaller,
+        loop.history,
+        loop.best_gates,
+        rule.name,
+        stopped,
+        original=None if inplace else model,
+    )
 
 
 @dataclass

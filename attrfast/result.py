@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+
+from attrfast import saving
+from attrfast.errors import InputError
+from attrfast.measure import Measurement, measure
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ class PruneResult:
         gates: convolution -> (filters of the original,) bool, true for those that are left.
         criterion: name of the criterion.
         stopped: why the loop ended, in words.
+        original: the model that `prune` was given, itself and not a copy (that under the wrapper of
+            torch.compile); None where it was pruned in place. It is kept for `measure`: set it to None
+            to free its memory.
     """
 
     model: nn.Module
@@ -63,6 +71,7 @@ class PruneResult:
     gates: dict[str, torch.Tensor]
     criterion: str
     stopped: str
+    original: nn.Module | None = None
 
     def summary(self) -> str:
         """A table of the history, one line a step."""
@@ -86,6 +95,74 @@ class PruneResult:
         text = io.StringIO()
         Console(file=text, width=112, color_system=None).print(table)
         return text.getvalue().rstrip()
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the pruned model: weights as safetensors, and a recipe to build the layers around them.
+
+        `attrfast.load(path, model_fn)` reads them again, anywhere. Saving into the same folder again
+        replaces what is there; `model` may have been trained on or moved since.
+
+        Args:
+            path: a folder, made if need be. It gets `weights.safetensors` (parameters and persistent
+                buffers, contiguous, in their dtypes) and `recipe.json` (kinds and widths of all modules,
+                gates, history, versions, checksums).
+
+        Returns:
+            The folder.
+
+        Raises:
+            ModelError: the model holds what a file of tensors can't hold.
+            InputError: the folder can't be written, or `gates` and `model` don't belong together.
+        """
+        return saving.save(
+            path,
+            self.model,
+            criterion=self.criterion,
+            stopped=self.stopped,
+            history=[dataclasses.asdict(row) for row in self.history],
+            gates=self.gates,
+        )
+
+    def measure(
+        self,
+        example: Any,
+        batch_sizes: Sequence[int] = (1, 32),
+        *,
+        rounds: int = 20,
+        original: nn.Module | None = None,
+        device: str | torch.device | None = None,
+    ) -> Measurement:
+        """Times the original and the pruned model side by side on this machine.
+
+        Fewer multiply-adds are not always faster. Both run in eval mode without gradients, in turns, and
+        are left as they are.
+
+        Args:
+            example: an input as a batch of the loader has it: a tensor (samples, ...), a tuple of them,
+                or a mapping of keyword inputs. Its samples are repeated up to each batch size.
+            batch_sizes: samples a pass.
+            rounds: how often each is timed; passes that take less than 2 ms are repeated within a round.
+            original: the model before pruning; None: the one that `prune` was given. Needed after
+                `inplace=True`.
+            device: measure there; None: where the pruned model is. A model that lies elsewhere is copied.
+
+        Returns:
+            Measurement: print its `summary()`, or take the figures from its `rows` or `to_dict()`.
+
+        Raises:
+            InputError: there is no original, or an argument is not usable.
+            ModelError: a forward pass fails.
+            BackendError: the device does not exist here.
+        """
+        before = self.original if original is None else original
+        if before is None:
+            raise InputError(
+                "the original is not known, since it was pruned in place; give original=, a model as it "
+                "was before pruning (its weights don't matter)"
+            )
+        return measure(
+            before, self.model, example, batch_sizes=batch_sizes, rounds=rounds, device=device
+        )
 
     def save_history(self, path: str | Path) -> None:
         """Writes the history as JSON: a list of rows."""

@@ -1,7 +1,8 @@
-"""Cuts a batch into parts by samples, whatever containers it is made of."""
+"""Takes samples out of a batch, whatever containers it is made of."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +16,28 @@ def rows(tree: Any, samples: int, start: int, stop: int) -> Any:
             else is taken to belong to all samples and kept.
         samples: how many samples the whole has.
     """
+    return _picked(tree, samples, lambda item: item[start:stop])
+
+
+def repeated(tree: Any, samples: int, count: int) -> Any:
+    """The first `count` samples of a batch that is repeated as often as need be; see `rows`."""
+    times = -(-count // samples)
+
+    def pick(item: Any) -> Any:
+        return (torch.cat([item] * times) if isinstance(item, torch.Tensor) else item * times)[:count]
+
+    return _picked(tree, samples, pick)
+
+
+def _picked(tree: Any, samples: int, pick: Callable[[Any], Any]) -> Any:
     if isinstance(tree, torch.Tensor):
-        return tree[start:stop] if tree.dim() and tree.shape[0] == samples else tree
+        return pick(tree) if tree.dim() and tree.shape[0] == samples else tree
     if isinstance(tree, dict):
-        return type(tree)({k: rows(v, samples, start, stop) for k, v in tree.items()})
+        return type(tree)({k: _picked(v, samples, pick) for k, v in tree.items()})
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(rows(item, samples, start, stop) for item in tree))
+        return type(tree)(*(_picked(item, samples, pick) for item in tree))
     if isinstance(tree, (list, tuple)):
         if tree and len(tree) == samples and not any(isinstance(i, torch.Tensor) for i in tree):
-            return tree[start:stop]
-        return type(tree)(rows(item, samples, start, stop) for item in tree)
+            return pick(tree)
+        return type(tree)(_picked(item, samples, pick) for item in tree)
     return tree

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attrfast.buffers import Buffers
 from attrfast.channels import Discovery
 from attrfast.fused import PlanMismatchError, PlanMode
 from attrfast.graph import Plan, make_plan
@@ -56,6 +57,7 @@ class Runner:
         if fused and not absolute:
             self.plan = make_plan(found, self.weights, guided=guided)
         self.values: dict[int, Columns] = {}
+        self.buffers = Buffers() if self.device.type == "cpu" else None
         self.folded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if self.plan is not None:
             taps = {*self.plan.through, *self.plan.branch, *(v for _, v in self.plan.into.values())}
@@ -100,7 +102,14 @@ class Runner:
             mode = TapMode(self.model, self.readers, matrix, anchor, guided=self.guided)
         else:
             mode = PlanMode(
-                self.model, plan, self.values, matrix, anchor, self.folded, guided=self.guided
+                self.model,
+                plan,
+                self.values,
+                matrix,
+                anchor,
+                self.folded,
+                guided=self.guided,
+                buffers=self.buffers,
             )
         with mode:
             output = forward()

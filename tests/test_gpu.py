@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -339,3 +340,19 @@ def test_bad_input_is_told_before_the_gpu_fails_on_it() -> None:
         attrfast.attribute(model, [(images, torch.tensor([0, 99]))], progress=False)
     with pytest.raises(attrfast.NumericalError, match="not finite"):
         attrfast.attribute(model, [(images * torch.nan, torch.tensor([0, 1]))], progress=False)
+
+
+def test_a_model_pruned_here_loads_here_and_on_the_cpu_and_is_measured(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, images = lived_in(Plain()).to(GPU), torch.randn(4, 3, 16, 16)
+    data = [(images, torch.tensor([0, 1, 2, 3]))]
+    result = attrfast.prune(model, data, keep_ratio=0.6, finetune=0, progress=False)
+    result.save(tmp_path)
+    want = result.model.eval()(images.to(GPU))
+    here = attrfast.load(tmp_path, lambda: Plain().to(GPU))
+    assert all(t.device == GPU for t in (*here.parameters(), *here.buffers()))
+    assert torch.equal(here(images.to(GPU)), want)
+    torch.testing.assert_close(attrfast.load(tmp_path, Plain)(images), want.cpu(), rtol=1e-3, atol=1e-3)
+    measured = result.measure(images, (4, 64), rounds=3)
+    assert measured.device == torch.cuda.get_device_name(GPU)
+    assert all(min(row.pruned.memory, row.original.memory) > 0 for row in measured.rows)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from attrfast import data
+import attrfast
+from attrfast import data, models
 from attrfast.criteria.base import get_criterion
 from attrfast.models.vgg import VGG
 
@@ -36,7 +37,7 @@ def test_quick_start_runs_as_printed(
     assert result.history[-1].macs <= 0.35 * result.history[0].macs
     assert result.history[-1].top1 >= 0.8
     assert result.summary() in capsys.readouterr().out
-    saved = torch.load(tmp_path / "smaller.pt", weights_only=False)
+    saved = attrfast.load(tmp_path / "smaller", models.vgg_small)
     assert isinstance(saved, VGG)
     assert sum(p.numel() for p in saved.parameters()) < sum(p.numel() for p in model.parameters())
 

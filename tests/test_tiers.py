@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from families import FAMILIES, family, images_for, lived_in
@@ -9,6 +11,7 @@ from small_networks import NETWORKS, DataDependent
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attrfast import fused as tier
 from attrfast import ops
 from attrfast.batches import main_output
 from attrfast.channels import Discovery, discover
@@ -119,6 +122,35 @@ def test_other_calls_than_the_recorded_ones_are_met_by_the_call_tier() -> None:
         ]
         assert_same(*results)
         assert (runner.plan is not None) == still_fast
+
+
+@pytest.mark.parametrize(
+    ("part", "guided"), [(1, False), (40_000, False), (1, True)], ids=["one", "several", "guided"]
+)
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "mobilenet_v2", "googlenet", *NETWORKS])
+def test_stages_may_run_part_by_part(
+    name: str, part: int, guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    if name in NETWORKS:
+        make, inputs = NETWORKS[name]
+        model, args = lived_in(make()).double(), tuple(x.double() for x in inputs(5))
+    else:
+        model, args = family(name).double(), (images_for(name, 3).double(),)
+    monkeypatch.setattr(tier, "PART", part)
+    used: list[int] = []
+    step = tier._Run.samples_at_once
+
+    def noted(run: Any, size: int, samples: int) -> int:
+        weight, run.weight = run.weight, run.weight[:0]  # a large one does not keep this test from parts
+        used.append(step(run, size, samples))
+        run.weight = weight
+        return used[-1]
+
+    monkeypatch.setattr(tier._Run, "samples_at_once", noted)
+    fast, called, _, _ = matrices(model, args, guided=guided)
+    assert name in NETWORKS or min(used) < len(args[0])
+    assert_same(fast, called)
 
 
 class _Together(ReferenceBackend):

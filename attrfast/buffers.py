@@ -1,0 +1,66 @@
+"""Memory for the large tensors of a pass, which every batch uses again.
+
+What an allocator does with large blocks costs a pass dear: given back to the system, they come as new pages,
+one fault at a time; kept, they leave holes that the next tensor of the same size does not fit into. A pass
+makes tensors of few sizes again and again, so it keeps its own, in huge pages where the system has them.
+Must not know what is computed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+_HUGE = 2 << 20  # bytes of a huge page
+_SPARE = 2  # a block may be so many times as large as what it is handed out for
+
+
+@dataclass
+class _Block:
+    """Pages, and the view of them that a tensor's storage holds as long as it lives."""
+
+    pages: mmap.mmap
+    view: weakref.ref[memoryview] | None = None
+
+    @property
+    def free(self) -> bool:
+        return self.view is None or self.view() is None
+
+
+class Buffers:
+    """Blocks of CPU memory; a block is free again as soon as no tensor lies in it."""
+
+    def __init__(self) -> None:
+        self._blocks: list[_Block] = []
+
+    def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any values.
+
+        Args:
+            strides: those of a dense tensor of that shape.
+        """
+        shape, strides = tuple(shape), tuple(strides)
+        count = dtype.itemsize * torch.Size(shape).numel()
+        if count == 0:
+            return torch.empty_strided(shape, strides, dtype=dtype)
+        block = self._block(count)
+        view = memoryview(block.pages)
+        block.view = weakref.ref(view)
+        memory = torch.frombuffer(view, dtype=dtype, count=count // dtype.itemsize)
+        # No view of it: autograd adds a gradient in place only to what has its memory for itself.
+        return torch.empty(0, dtype=dtype).set_(memory, 0, shape, strides)  # type: ignore[call-overload, no-any-return]
+
+    def _block(self, count: int) -> _Block:
+        size = -(-count // _HUGE) * _HUGE
+        fitting = [b for b in self._blocks if size <= len(b.pages) <= _SPARE * size and b.free]
+        if fitting:
+            return min(fitting, key=lambda block: len(block.pages))
+        pages = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        self._blocks.append(_Block(pages))
+        return self._blocks[-1]
