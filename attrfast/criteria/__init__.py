@@ -1,4 +1,4 @@
-"""Criteria: from the score matrix S, from feature maps or from the weights to one importance a unit."""
+"""Criteria: from S, from feature maps, from the weights or from training to one importance a unit."""
 
 from attrfast.criteria.base import (
     Criterion,
@@ -7,26 +7,40 @@ from attrfast.criteria.base import (
     get_criterion,
     register_criterion,
 )
+from attrfast.criteria.batch_norm import BNScale
 from attrfast.criteria.causal_map import CausalMap
 from attrfast.criteria.gradient import Attribution, Taylor, TaylorFO, TaylorGuided
 from attrfast.criteria.iba import InformationBottleneck
 from attrfast.criteria.reductions import REDUCTIONS, Reduction
-from attrfast.criteria.weights import L1, L2, Random, WeightNorm
+from attrfast.criteria.soft import Soft
+from attrfast.criteria.sss import SSS
+from attrfast.criteria.trained import Learnt, Phase, TrainedCriterion, Trainee
+from attrfast.criteria.variational import Variational
+from attrfast.criteria.weights import FPGM, L1, L2, Random, WeightNorm
 
 __all__ = [
+    "FPGM",
     "L1",
     "L2",
     "REDUCTIONS",
+    "SSS",
     "Attribution",
+    "BNScale",
     "CausalMap",
     "Criterion",
     "InformationBottleneck",
+    "Learnt",
     "OwnPass",
+    "Phase",
     "Random",
     "Reduction",
+    "Soft",
     "Taylor",
     "TaylorFO",
     "TaylorGuided",
+    "TrainedCriterion",
+    "Trainee",
+    "Variational",
     "WeightNorm",
     "criterion_names",
     "get_criterion",

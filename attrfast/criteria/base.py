@@ -55,6 +55,8 @@ class Criterion:
         guided: whether gradients pass a ReLU only where they are positive (Springenberg et al. 2014).
         reduction: name of the default reduction, see `attrfast.criteria.reductions`.
         uses_loss: whether a user's `loss_fn` takes the place of `objective`.
+        trains: whether `prune` trains the model by this criterion before every ranking, see
+            `attrfast.criteria.trained`.
     """
 
     name: ClassVar[str] = ""
@@ -63,6 +65,7 @@ class Criterion:
     reduction: ClassVar[str] = "abs_sample"
     uses_loss: ClassVar[bool] = False
     loss_sign: ClassVar[float] = 1.0
+    trains: bool = False
 
     def objective(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """J of every sample.
