@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from attrfast.finetune import FineTuneLike, as_finetune, fine_tune
 from attrfast.objective import LossFunction
 from attrfast.result import PruneResult, Step
 from attrfast.seeding import seeded
+from attrfast.selection import for_the_worst_class
 from attrfast.shrinking import Shrinking, install
 from attrfast.targets import Asked, Targets
 
@@ -57,6 +58,8 @@ def prune(
     microbatch: int | None = None,
     device: str | torch.device | None = None,
     amp_dtype: torch.dtype | None = None,
+    classes: Sequence[int] | None = None,
+    balance: str | None = None,
     round_to: int = 1,
     min_filters: int = 1,
     ignore: Iterable[str | nn.Module] = (),
@@ -89,6 +92,11 @@ def prune(
             the criteria that measure a loss.
         normalize, reduction, max_batches, microbatch, amp_dtype: of scoring, see `attribute`.
         device: run there; None: where the model is.
+        classes: keep what these classes need: importance comes from the samples with these labels alone.
+            Fine-tuning and the history go by all samples of the loaders that are given.
+        balance: None ranks filters by their importance over all samples; `"worst_class"` by that for the
+            class which needs them most, so that no class pays for the others (and no class counts for
+            less because it is rare). See `attrfast.selection.for_the_worst_class`.
         round_to: widths of pruned layers are multiples of this.
         min_filters: how many filters every convolution keeps at least.
         ignore: modules, or names or patterns of modules, that are left whole.
@@ -109,12 +117,16 @@ def prune(
         NumericalError: something is not finite.
         BackendError: the device does not exist here.
     """
+    if balance not in (None, "worst_class"):
+        raise InputError(f"balance must be 'worst_class' or None, got {balance!r}")
     rule, _ = check_options(
         criterion,
         normalize=normalize,
         reduction=reduction,
         max_batches=max_batches,
         microbatch=microbatch,
+        by_class=balance is not None,
+        classes=classes,
     )
     tuning = as_finetune(finetune)
     final = None if final_finetune is None else as_finetune(final_finetune)
@@ -149,6 +161,8 @@ def prune(
         "max_batches": max_batches,
         "microbatch": microbatch,
         "amp_dtype": amp_dtype,
+        "by_class": balance is not None,
+        "classes": None if classes is None else sorted(set(classes)),
     }
     saver = None
     if output_dir is not None:
@@ -281,7 +295,10 @@ class _Loop:
                 **self.scoring,
             )
         times.append(time.perf_counter())
-        removed = self.now.remove(scores.importance, self.count, self.targets)
+        importance = scores.importance
+        if scores.by_class is not None:
+            importance = for_the_worst_class(scores.by_class)
+        removed = self.now.remove(importance, self.count, self.targets)
         times.append(time.perf_counter())
         if not removed:
             return None
