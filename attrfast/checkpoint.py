@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from attrfast.errors import InputError
+from attrfast.residual import ResidualBranch
 from attrfast.result import Step, row_from_json
 
 _STATE, _WEIGHTS = "pruning.json", "weights-{run}-{step:03d}.safetensors"
@@ -33,12 +34,14 @@ class Checkpoint:
         history: rows so far.
         gates: convolution -> (filters,) bool.
         weights: the pruned model's parameters and buffers.
+        taken: residual branches that are gone, in this order.
     """
 
     fingerprint: str
     history: list[Step]
     gates: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
+    taken: list[ResidualBranch] = dataclasses.field(default_factory=list)
 
 
 def fingerprint(model: nn.Module, settings: dict[str, Any]) -> str:
@@ -82,6 +85,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
             name: "".join("1" if kept else "0" for kept in gate.tolist())
             for name, gate in checkpoint.gates.items()
         },
+        "taken": [dataclasses.asdict(branch) for branch in checkpoint.taken],
     }
     text = json.dumps(state, indent=1) + "\n"
     _replace(folder / _STATE, lambda path: path.write_text(text))
@@ -115,6 +119,9 @@ def load(folder: Path, expected: str) -> Checkpoint | None:
         gates = {
             name: torch.tensor([bit == "1" for bit in bits]) for name, bits in state["gates"].items()
         }
+        taken = [
+            ResidualBranch(row["owner"], row["last"], tuple(row["modules"])) for row in state["taken"]
+        ]
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise InputError(f"the checkpoint in {folder} can't be read: {error}; remove it") from error
     if state["fingerprint"] != expected:
@@ -122,4 +129,4 @@ def load(folder: Path, expected: str) -> Checkpoint | None:
             f"the checkpoint in {folder} belongs to another model or other settings; choose another "
             f"output_dir, or call with resume=False to start again"
         )
-    return Checkpoint(state["fingerprint"], history, gates, weights)
+    return Checkpoint(state["fingerprint"], history, gates, weights, taken)

@@ -236,8 +236,8 @@ def check_options(
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
     if not rule.needs_data and (by_class or classes is not None):
         raise InputError(
-            f"the criterion {rule.name!r} reads no data, so it knows no classes; choose one that does, "
-            f"for instance 'taylor'"
+            f"the criterion {rule.name!r} is not measured on samples, so it knows no classes; choose one "
+            f"that is, for instance 'taylor'"
         )
     if classes is not None and not _are_classes(classes):
         raise InputError(

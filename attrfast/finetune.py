@@ -1,4 +1,7 @@
-"""Recovers accuracy after a cut: ordinary training, configured or by the user's own function."""
+"""Ordinary training, configured or by the user's own function: recovers accuracy after a cut.
+
+With the hooks of a criterion in it, the same training finds out what to cut next.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from attrfast.batches import Batch, check_labels, main_output, unpack
+from attrfast.criteria import Phase
 from attrfast.errors import AttrfastError, InputError, NumericalError
 from attrfast.objective import Loss, LossFunction
 from attrfast.seeding import seeded
@@ -97,8 +101,11 @@ def fine_tune(
     loss_fn: LossFunction | None = None,
     device: torch.device,
     seed: int = 0,
+    phase: Phase | None = None,
 ) -> None:
     """Trains a model in place, and puts its training flags back.
+
+    `phase` hooks into the built-in training, and is not called by the user's callable.
 
     The built-in training draws from a random state of its own, so that the same seed gives the same
     result, and the global state stays as it was. The user's callable draws from the global one.
@@ -111,7 +118,7 @@ def fine_tune(
     try:
         if isinstance(how, FineTune):
             with seeded(seed, [loader], device):
-                _train(model, loader, how, loss_fn, device)
+                _train(model, loader, how, loss_fn, device, phase or Phase())
         else:
             try:
                 how(model, step)
@@ -132,11 +139,14 @@ def _train(
     how: FineTune,
     loss_fn: LossFunction | None,
     device: torch.device,
+    phase: Phase,
 ) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if how.epochs == 0 or not parameters:
         return
     optimizer = _optimizer(how, parameters)
+    if phase.parameters:
+        optimizer.add_param_group({"params": [*phase.parameters], "weight_decay": 0.0})
     loss = Loss(loss_fn) if loss_fn is not None else None
     batches = len(loader) if isinstance(loader, Sized) else None
     scheduler = _scheduler(how, optimizer, batches)
@@ -151,7 +161,11 @@ def _train(
                 continue  # a batch norm has no statistics of one sample
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype=how.amp_dtype, enabled=how.amp_dtype is not None):
-                value = _loss(model, batch, how, loss)
+                with phase.around_forward():
+                    value = _loss(model, batch, how, loss)
+                penalty = phase.penalty()
+                if penalty is not None:
+                    value = value + penalty
             last = value.detach()
             lost = lost | ~torch.isfinite(last)
             if device.type == "cpu":  # a GPU is asked once an epoch
@@ -160,11 +174,15 @@ def _train(
             if how.max_grad_norm is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, how.max_grad_norm)
+            phase.after_backward()
+            lr = optimizer.param_groups[0]["lr"]
             scaler.step(optimizer)
             scaler.update()
+            phase.after_step(lr)
             if scheduler is not None and batches is not None:
                 scheduler.step()
         _check_finite(lost, last, epoch, how)
+        phase.after_epoch()
         if scheduler is not None and batches is None:
             scheduler.step()
     optimizer.zero_grad(set_to_none=True)

@@ -23,13 +23,16 @@ from tqdm import tqdm
 from attrfast import checkpoint as checkpoints
 from attrfast.batches import Batch, reiterable, resolve_device, unpack
 from attrfast.checkpoint import Checkpoint, fingerprint
-from attrfast.criteria import Criterion
+from attrfast.criteria import Criterion, TrainedCriterion
 from attrfast.engine import attribute, check_options
 from attrfast.errors import AttrfastError, InputError
 from attrfast.evaluate import Evaluation, evaluate
 from attrfast.finetune import FineTuneLike, as_finetune, fine_tune
+from attrfast.learning import learn
 from attrfast.objective import LossFunction
+from attrfast.residual import ResidualBranch
 from attrfast.result import PruneResult, Step
+from attrfast.scores import normalized
 from attrfast.seeding import seeded
 from attrfast.selection import for_the_worst_class
 from attrfast.shrinking import Shrinking, install
@@ -77,7 +80,10 @@ def prune(
             `inplace`.
         loader: iterable of `(input, label)` batches, for scoring and fine-tuning. A generator is kept
             in memory, with a warning.
-        criterion: a name (`attrfast.criterion_names()`) or an `attrfast.Criterion`.
+        criterion: a name (`attrfast.criterion_names()`) or an `attrfast.Criterion`. One that trains
+            (`attrfast.criteria.SSS`, `Variational`, `Soft`, `BNScale(sparsity=...)`) trains the model in
+            every step before the ranking, by options of its own; all filters that it finds to compute
+            nothing go, even past the targets, and without any target one step of it is the result.
         keep_ratio: stop when at most this share of the filters is left, in (0, 1].
         max_macs, max_params: stop at this share of the original's multiply-adds or parameters, in
             (0, 1], or at this count (a whole number above 1).
@@ -90,7 +96,8 @@ def prune(
         final_finetune: the same, once more after the last step.
         loss_fn: `loss_fn(output, batch)` in place of the cross-entropy, in evaluation, fine-tuning and
             the criteria that measure a loss.
-        normalize, reduction, max_batches, microbatch, amp_dtype: of scoring, see `attribute`.
+        normalize, reduction, max_batches, microbatch, amp_dtype: of scoring, see `attribute`; all but
+            the first without effect on a criterion that trains.
         device: run there; None: where the model is.
         classes: keep what these classes need: importance comes from the samples with these labels alone.
             Fine-tuning and the history go by all samples of the loaders that are given.
@@ -130,7 +137,7 @@ def prune(
     )
     tuning = as_finetune(finetune)
     final = None if final_finetune is None else as_finetune(final_finetune)
-    asked = Asked(keep_ratio, max_macs, max_params, max_accuracy_drop)
+    asked = Asked(keep_ratio, max_macs, max_params, max_accuracy_drop, needed=not rule.trains)
     if filters_per_step is not None and (not isinstance(filters_per_step, int) or filters_per_step < 1):
         raise InputError(
             f"filters_per_step must be a whole number of at least 1, got {filters_per_step!r}"
@@ -150,6 +157,8 @@ def prune(
             round_to=round_to,
             ignore=ignore,
         )
+        if isinstance(rule, TrainedCriterion):
+            now.spare(rule.unscorable(now.model, now.found.units))
     targets = asked.of(now.size())
     now.check_reachable(targets)
     count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
@@ -190,7 +199,7 @@ def prune(
         loop.tune_again(final)
     smaller = loop.best
     if inplace:
-        install(model, smaller)
+        install(model, smaller, loop.best_taken)
         smaller = user_model
     return PruneResult(
         smaller,
@@ -213,7 +222,8 @@ class _Saver:
         return checkpoints.load(self.folder, self.mark)
 
     def save(self, history: list[Step], now: Shrinking) -> None:
-        checkpoints.save(self.folder, Checkpoint(self.mark, history, now.gates, now.model.state_dict()))
+        weights = now.model.state_dict()
+        checkpoints.save(self.folder, Checkpoint(self.mark, history, now.gates, weights, now.taken))
 
 
 @dataclass
@@ -238,7 +248,7 @@ class _Loop:
         if saved is None:
             self.history = [self._row(0, {}, (0.0, 0.0, 0.0))]
         else:
-            self.now.restore(saved.gates, saved.weights)
+            self.now.restore(saved.gates, saved.weights, saved.taken)
             self.history = saved.history
         if self.targets.drop is not None and math.isnan(self.history[0].top1):
             raise InputError(
@@ -249,6 +259,7 @@ class _Loop:
 
     def _keep(self) -> None:
         self.best, self.best_gates = self.now.model, dict(self.now.gates)
+        self.best_taken = tuple(self.now.taken)
 
     def run(self, saver: _Saver | None, callback: Callback | None) -> str:
         """Steps until the targets hold; returns why it ended, in words."""
@@ -260,7 +271,7 @@ class _Loop:
             bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}",
         )
         with bar:
-            while not self.targets.reached(self.now.size()):
+            while not self._finished():
                 row = self._step()
                 if row is None:
                     return "nothing more can be removed"
@@ -278,34 +289,77 @@ class _Loop:
                     saver.save(self.history, self.now)
                 if callback is not None:
                     _call_back(callback, row, self.now.model)
+        if self.once:
+            return "one step of training, and what computed nothing after it"
         return " and ".join(self.targets.sizes) + " reached"
+
+    def _finished(self) -> bool:
+        return len(self.history) > 1 if self.once else self.targets.reached(self.now.size())
 
     def _step(self) -> Step | None:
         """Scores, cuts and tunes; None where nothing is left to cut."""
         step = len(self.history)
         times = [time.perf_counter()]
-        with seeded(self.seed + 2 * step, [self.loader], self.device):
-            scores = attribute(
-                self.now.model,
-                self.loader,
-                device=self.device,
-                progress=self.progress,
-                seed=self.seed + step,
-                units=self.now.found,
-                **self.scoring,
-            )
+        importance, idle = self._importance(step)
         times.append(time.perf_counter())
-        importance = scores.importance
-        if scores.by_class is not None:
-            importance = for_the_worst_class(scores.by_class)
-        removed = self.now.remove(importance, self.count, self.targets)
+        importance, branches = self.now.remove_branches(idle, importance)
+        enough = self.targets.reached(self.now.size()) or self.once
+        removed = self.now.remove(
+            importance, 0 if enough else self.count, self.targets, zeros=self.trained
+        )
         times.append(time.perf_counter())
-        if not removed:
+        for name, count in branches.items():
+            removed[name] = removed.get(name, 0) + count
+        if not removed and not self.once:
             return None
         self._tune(self.tuning, step)
         times.append(time.perf_counter())
         scoring, cutting, tuning = (b - a for a, b in itertools.pairwise(times))
         return self._row(step, removed, (scoring, cutting, tuning))
+
+    @property
+    def trained(self) -> bool:
+        """Whether the criterion trains before it ranks."""
+        rule = self.scoring["criterion"]
+        return isinstance(rule, TrainedCriterion) and rule.trains
+
+    @property
+    def once(self) -> bool:
+        """Whether nothing is asked but what one step of training finds to compute nothing."""
+        return not self.targets.sizes and self.targets.drop is None
+
+    def _importance(self, step: int) -> tuple[torch.Tensor, Sequence[ResidualBranch]]:
+        """Normalised importance (U,), and residual branches that may go as a whole."""
+        found, seed = self.now.may_go(), self.seed + 2 * step
+        if not self.trained:
+            with seeded(seed, [self.loader], self.device):
+                scores = attribute(
+                    self.now.model,
+                    self.loader,
+                    device=self.device,
+                    progress=self.progress,
+                    seed=self.seed + step,
+                    units=found,
+                    **self.scoring,
+                )
+            if scores.by_class is not None:
+                return for_the_worst_class(scores.by_class), ()
+            return scores.importance, ()
+        self.now.model = copy.deepcopy(self.now.model)  # the best so far may be this one
+        rule = self.scoring["criterion"]
+        learnt = learn(
+            self.now.model,
+            self.loader,
+            rule,
+            units=found.units,
+            branches=self.now.branches(),
+            step=step,
+            loss_fn=self.loss_fn,
+            device=self.device,
+            seed=seed,
+        )
+        kind = self.scoring["normalize"] if rule.per_layer else None
+        return normalized(learnt.importance, found.units, kind), learnt.idle
 
     def _tune(self, how: Any, step: int) -> None:
         fine_tune(

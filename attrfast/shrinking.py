@@ -6,20 +6,25 @@ Must not know how importance is measured, nor how the model is trained in betwee
 from __future__ import annotations
 
 import copy
+import dataclasses
+import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from attrfast.batches import Batch
-from attrfast.channels import discover
+from attrfast.channels import Discovery, discover
 from attrfast.cost import CostModel, cost
 from attrfast.errors import ModelError, TargetError
+from attrfast.residual import ResidualBranch, find_branches, take_out
 from attrfast.selection import Block, first_filters, mask, rank, spared
-from attrfast.surgery import cut, without
+from attrfast.surgery import computes_the_same, cut, without
 from attrfast.targets import Size, Targets
-from attrfast.units import Layer
+from attrfast.units import Layer, Units
+
+log = logging.getLogger(__name__)
 
 _MORE_EXAMPLES = 4  # batches that are tried for layers which the first one does not lead to
 
@@ -38,6 +43,7 @@ class Shrinking:
         model: the smaller model.
         found: its units, and a recorded pass.
         gates: convolution -> (filters of the original,) bool, true for those that are left.
+        taken: residual branches that are gone, in this order.
 
     Raises:
         ModelError: nothing can be cut, or the model can't be copied.
@@ -69,6 +75,7 @@ class Shrinking:
         self.gates = {
             name: torch.ones(len(row), dtype=torch.bool) for name, row in units.filters.items()
         }
+        self.taken: list[ResidualBranch] = []
         whole = spared(ignore, model, units)
         # Names of convolutions stay what they are while filters go, so layers are spared by name.
         self.whole = {n for n, row in units.filters.items() if bool(whole[row].any())}
@@ -95,6 +102,41 @@ class Shrinking:
             row = units.filters[name]
             free[row[row >= 0]] = False
         return free
+
+    def spare(self, layers: Mapping[str, str]) -> None:
+        """Leaves layers whole from now on.
+
+        Args:
+            layers: name of a layer -> why.
+
+        Raises:
+            ModelError: nothing is left that can be pruned.
+        """
+        by_name = {layer.name: layer for layer in self.found.units.layers}
+        reasons: dict[str, list[str]] = {}
+        for name, why in layers.items():
+            if not self.whole.issuperset(by_name[name].convs):
+                self.whole.update(by_name[name].convs)
+                reasons.setdefault(why, []).append(name)
+        told = [f"{_list(names)}: {why}" for why, names in reasons.items()]
+        if told and not bool(self._allowed().any()):
+            raise ModelError(f"no layer of the model can be pruned: {'; '.join(told)}")
+        for text in told:
+            warnings.warn(f"left whole: {text}", stacklevel=3)
+
+    def may_go(self) -> Discovery:
+        """The units as they are now, those that `ignore` spares frozen like the others that must stay."""
+        units = self.found.units
+        reasons = tuple(
+            reason if free or reason is not None else "it is to be left whole"
+            for reason, free in zip(units.frozen, self._allowed().tolist(), strict=True)
+        )
+        return dataclasses.replace(self.found, units=dataclasses.replace(units, frozen=reasons))
+
+    def branches(self) -> tuple[ResidualBranch, ...]:
+        """Residual branches that may go as a whole."""
+        found = find_branches(self.model, self.found.record)
+        return tuple(branch for branch in found if self.whole.isdisjoint(branch.modules))
 
     def size(self) -> Size:
         filters = sum(int(gate.sum()) for gate in self.gates.values())
@@ -123,12 +165,53 @@ class Shrinking:
                 f"round_to ({self._round_to}), or ignore less"
             )
 
-    def remove(self, importance: torch.Tensor, count: int, targets: Targets) -> dict[str, int]:
+    def remove_branches(
+        self, branches: Iterable[ResidualBranch], importance: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, int]]:
+        """Takes out residual branches that add nothing but zeros.
+
+        Args:
+            branches: of `self.branches()`.
+            importance: (U,) of the units as they are now.
+
+        Returns:
+            The importance of the units that are left, and how many filters went, by layer. A branch without
+            which the model computes something else stays.
+        """
+        gone: dict[str, int] = {}
+        for branch in branches:
+            smaller = copy.deepcopy(self.model)
+            try:
+                take_out(smaller, branch)
+                computes_the_same(smaller, self.model, self._inputs)
+            except ModelError as error:  # it went with a branch around it, or does more than add
+                log.debug("the residual branch of %s stays: %s", branch.owner, error)
+                continue
+            before = self.found.units
+            self._adopt(smaller, branch)
+            importance = _carried(importance, before, self.found.units)
+            for layer in before.layers:
+                for name in layer.convs:
+                    if name not in self.found.units.filters:
+                        gone[layer.name] = gone.get(layer.name, 0) + int(self.gates[name].sum())
+                        self.gates[name] = torch.zeros_like(self.gates[name])
+        return importance, gone
+
+    def _adopt(self, smaller: nn.Module, branch: ResidualBranch) -> None:
+        self.model = smaller
+        self.taken.append(branch)
+        first, *others = self._inputs
+        self.found = discover(self.model, *first, others=others)
+
+    def remove(
+        self, importance: torch.Tensor, count: int, targets: Targets, *, zeros: bool = False
+    ) -> dict[str, int]:
         """Cuts off the least important units.
 
         Args:
             importance: (U,) of the units as they are now.
             count: filters that go at least, unless the targets are reached before.
+            zeros: all units of importance zero go, whatever `count` and the targets say.
 
         Returns:
             How many filters went, by layer; empty where nothing is left to take.
@@ -137,7 +220,7 @@ class Shrinking:
             TargetError: nothing is left to take, and the targets are not reached.
             ModelError: a cut model computes something else, and no layer can be blamed for it.
         """
-        while blocks := self._chosen(importance, count, targets):
+        while blocks := self._chosen(importance, count, targets, zeros):
             units = self.found.units
             removed = mask(blocks, units)
             try:
@@ -164,7 +247,9 @@ class Shrinking:
             allowed=self._allowed(),
         )
 
-    def _chosen(self, importance: torch.Tensor, count: int, targets: Targets) -> list[Block]:
+    def _chosen(
+        self, importance: torch.Tensor, count: int, targets: Targets, zeros: bool
+    ) -> list[Block]:
         """The lowest blocks: `count` filters, or fewer where the targets are reached before."""
         blocks = self._ranked(importance)
         now = self.size()
@@ -178,11 +263,13 @@ class Shrinking:
             left = now.filters - sum(block.filters for block in taken)
             return targets.reached(Size(left, predictor.after(mask(taken, self.found.units))))
 
-        low, high = 0, max(1, first_filters(blocks, count))
+        low, high = 0, first_filters(blocks, count)
         if enough(high):  # the least number that is enough lies in (low, high]
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (low, middle) if enough(middle) else (middle, high)
+        if zeros:
+            high = max(high, sum(block.score == 0 for block in blocks))
         return blocks[:high]
 
     def _spare_culprits(self, blocks: Sequence[Block], error: ModelError) -> None:
@@ -220,12 +307,20 @@ class Shrinking:
                     self.gates[name] = gate
         return gone
 
-    def restore(self, gates: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+    def restore(
+        self,
+        gates: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor],
+        taken: Iterable[ResidualBranch],
+    ) -> None:
         """Takes the untouched copy to where an earlier run left it."""
+        for branch in taken:
+            take_out(self.model, branch)
+            self._adopt(self.model, branch)
         units = self.found.units
         removed = torch.zeros(len(units), dtype=torch.bool)
-        for name, gate in gates.items():
-            removed[units.filters[name][~gate]] = True
+        for name, row in units.filters.items():
+            removed[row[~gates[name]]] = True
         cut(self.model, units, removed)
         self.model.load_state_dict(weights)
         self.gates = {name: gate.clone() for name, gate in gates.items()}
@@ -251,11 +346,22 @@ def _list(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more layers"
 
 
-def install(model: nn.Module, smaller: nn.Module) -> None:
+def _carried(importance: torch.Tensor, before: Units, now: Units) -> torch.Tensor:
+    """Importance (U,) of units, for what they are after some of the layers went as a whole."""
+    carried = importance.new_zeros(len(now))
+    for name, row in now.filters.items():
+        carried[row] = importance[before.filters[name]]
+    return carried
+
+
+def install(model: nn.Module, smaller: nn.Module, taken: Iterable[ResidualBranch] = ()) -> None:
     """Puts a smaller copy's weights and widths into the modules of the model that it was copied from.
 
-    Only these: what else a module holds (hooks, other objects) may point to the model itself.
+    Only these: what else a module holds (hooks, other objects) may point to the model itself. A module
+    that lost a residual branch is replaced.
     """
+    for branch in taken:
+        take_out(model, branch)
     replacements = dict(smaller.named_modules())
     for name, module in model.named_modules():
         for key, value in vars(replacements[name]).items():

@@ -6,6 +6,7 @@ not know why a unit goes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Iterable, Sequence
@@ -171,11 +172,30 @@ def without(
     """
     smaller = copy.deepcopy(model)
     cut(smaller, units, removed)
+    computes_the_same(smaller, model, inputs, masked(model, units, removed))
+    return smaller
+
+
+def computes_the_same(
+    smaller: nn.Module,
+    model: nn.Module,
+    inputs: Iterable[tuple[Sequence[Any], dict[str, Any]]],
+    context: contextlib.AbstractContextManager[Any] | None = None,
+) -> None:
+    """Compares a smaller model with the one that it came from, in eval mode; both are left as they are.
+
+    Args:
+        inputs: inputs and keyword inputs, on the models' device.
+        context: may be entered again and again; the larger model runs in it.
+
+    Raises:
+        ModelError: the smaller model does not run, or its outputs differ.
+    """
     with preserved(model), preserved(smaller), torch.no_grad():
         model.eval()
         smaller.eval()
         for args, kwargs in inputs:
-            with masked(model, units, removed):
+            with context or contextlib.nullcontext():
                 expected = list(tensors_in(model(*args, **kwargs)))
             try:
                 got = list(tensors_in(smaller(*args, **kwargs)))
@@ -186,7 +206,6 @@ def without(
                     f"the smaller model computes something else than the masked one (off by "
                     f"{_worst(got, expected):.3g})"
                 )
-    return smaller
 
 
 def _worst(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:

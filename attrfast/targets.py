@@ -30,21 +30,26 @@ class Asked:
         keep_ratio: share of the filters, in (0, 1].
         max_macs, max_params: share of the original's in (0, 1], or a count (a whole number above 1).
         max_accuracy_drop: share of top-1, in [0, 1].
+        needed: whether something must be asked.
 
     Raises:
-        InputError: a value lies outside, or nothing was asked at all.
+        InputError: a value lies outside, or nothing was asked at all where something must be.
     """
 
     keep_ratio: float | None
     max_macs: float | None
     max_params: float | None
     max_accuracy_drop: float | None
+    needed: bool = True
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing was asked."""
+        targets = (self.keep_ratio, self.max_macs, self.max_params, self.max_accuracy_drop)
+        return all(target is None for target in targets)
 
     def __post_init__(self) -> None:
-        if all(
-            target is None
-            for target in (self.keep_ratio, self.max_macs, self.max_params, self.max_accuracy_drop)
-        ):
+        if self.needed and self.nothing:
             raise InputError(
                 "prune needs a target: keep_ratio, max_macs, max_params or max_accuracy_drop (for "
                 "instance max_macs=0.5 for half of the multiply-adds)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -87,7 +88,10 @@ def test_the_model_is_bit_identical_afterwards(criterion: str, training: bool) -
             p.grad = torch.full_like(p, 0.5)
     model.features[1].register_forward_hook(lambda *_: None)
     before = snapshot(model)
-    score(model, [data()], criterion=criterion)
+    # Some score by training alone, or by batch norms, which a layer here lacks: that too changes nothing.
+    refused = criterion in ("bn_scale", "sss", "variational")
+    with pytest.raises(attrfast.AttrfastError) if refused else contextlib.nullcontext():
+        score(model, [data()], criterion=criterion)
     assert_equal_trees(before, snapshot(model))
 
 

@@ -210,8 +210,8 @@ def test_the_maximum_over_classes() -> None:
         ({"classes": [True]}, r"got \[True\]"),
         ({"classes": "ab"}, "got 'ab'"),
         ({"classes": 3}, "got 3"),
-        ({"classes": [1], "criterion": "l1"}, "'l1' reads no data, so it knows no classes"),
-        ({"balance": "worst_class", "criterion": "random"}, "'random' reads no data"),
+        ({"classes": [1], "criterion": "l1"}, "'l1' is not measured on samples"),
+        ({"balance": "worst_class", "criterion": "random"}, "'random' is not measured on samples"),
         ({"balance": "worst"}, "balance must be 'worst_class' or None, got 'worst'"),
     ],
 )
@@ -232,5 +232,5 @@ def test_data_without_labels_is_refused(options: dict[str, Any]) -> None:
 
 
 def test_scores_by_class_of_weights_are_refused() -> None:
-    with pytest.raises(attrfast.InputError, match="'l2' reads no data, so it knows no classes"):
+    with pytest.raises(attrfast.InputError, match="'l2' is not measured on samples"):
         score(network(), [data()], ["taylor", "l2"], by_class=True)

@@ -57,6 +57,8 @@ class Criterion:
         reduction: name of the default reduction, see `attrfast.criteria.reductions`.
         own_reduction: whether its formula holds with that reduction alone.
         uses_loss: whether a user's `loss_fn` takes the place of `objective`.
+        trains: whether `prune` trains the model by this criterion before every ranking, see
+            `attrfast.criteria.trained`.
     """
 
     name: ClassVar[str] = ""
@@ -66,6 +68,7 @@ class Criterion:
     own_reduction: ClassVar[bool] = False
     uses_loss: ClassVar[bool] = False
     loss_sign: ClassVar[float] = 1.0
+    trains: bool = False
 
     def objective(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """J of every sample.

@@ -1,4 +1,4 @@
-"""The criteria that need no data: norms of weights, and chance."""
+"""The criteria that need no data: norms and distances of weights, and chance."""
 
 from __future__ import annotations
 
@@ -53,6 +53,29 @@ class L2(WeightNorm):
     """Euclidean norm of the weights of the unit's filters."""
 
     power = 2
+
+
+@register_criterion("fpgm")
+class FPGM(Criterion):
+    """Sum of Euclidean distances from the unit's filters to all filters of their convolutions.
+
+    A filter near the geometric median of its convolution is one that the others can replace. Biases and
+    batch norms are left out.
+
+    Source: He et al. 2019, Filter Pruning via Geometric Median for Deep Convolutional Neural Networks
+    Acceleration, eq. 6 (g(x) = sum_j ||x - F_j||, the lowest go).
+    """
+
+    needs_data = False
+
+    def from_weights(self, model: nn.Module, units: Units, seed: int) -> torch.Tensor:
+        total = torch.zeros(len(units), dtype=torch.float64)
+        for name, mapping in units.filters.items():
+            rows = filter_rows(model.get_submodule(name)).cpu()
+            # Distances from products of rows would lose the digits of those that are near each other.
+            distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+            total.index_add_(0, mapping, distances.sum(1))
+        return total
 
 
 @register_criterion("random")
