@@ -4,6 +4,7 @@ scores = attrfast.attribute(model, loader)
 result = attrfast.prune(model, loader, max_macs=0.5)
 """
 
+from attrfast.compare import Comparison, compare
 from attrfast.criteria import Criterion, criterion_names, register_criterion
 from attrfast.engine import attribute
 from attrfast.errors import (
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttrfastError",
     "BackendError",
+    "Comparison",
     "Criterion",
     "Evaluation",
     "FineTune",
@@ -41,6 +43,7 @@ __all__ = [
     "Step",
     "TargetError",
     "attribute",
+    "compare",
     "criterion_names",
     "evaluate",
     "load",

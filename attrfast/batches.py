@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attrfast.errors import BackendError, InputError
-from attrfast.rows import rows
+from attrfast.rows import chosen, rows
 from attrfast.trace import tensors_in
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,28 @@ class Batch:
                 for tree in (self.raw, self.args, self.kwargs, self.labels)
             )
             yield Batch(raw, args, kwargs, labels, stop - start, self.extremes)
+
+    def of_classes(self, classes: Sequence[int]) -> Batch | None:
+        """The samples with one of these labels, or None where there are none.
+
+        Raises:
+            InputError: the batch has no labels (samples,) of whole numbers.
+        """
+        labels = self.labels
+        if not isinstance(labels, torch.Tensor) or labels.shape != (self.samples,):
+            raise InputError(
+                f"classes={list(classes)} needs one label a sample, a tensor of shape ({self.samples},), "
+                f"got {_kind(labels)}; leave classes out for data without labels"
+            )
+        _check_whole(labels)
+        wanted = torch.isin(labels, torch.tensor(list(classes), device=labels.device))
+        index = torch.nonzero(wanted).flatten()
+        if not len(index):
+            return None
+        raw, args, kwargs, labels = (
+            chosen(tree, self.samples, index) for tree in (self.raw, self.args, self.kwargs, self.labels)
+        )
+        return Batch(raw, args, kwargs, labels, len(index), self.extremes)
 
 
 def unpack(batch: Any, device: torch.device) -> Batch:
@@ -181,14 +203,18 @@ def check_labels(batch: Batch, logits: torch.Tensor) -> None:
             f"labels must have shape ({samples},), one class a sample, got {tuple(labels.shape)}; for "
             f"other targets give loss_fn(output, batch)"
         )
-    if labels.dtype not in _WHOLE:
-        raise InputError(f"labels must be whole numbers (int64), got {labels.dtype}")
+    _check_whole(labels)
     for label in batch.extremes or ():
         if not 0 <= label < outputs:
             raise InputError(
                 f"label {label} is outside the model's {outputs} outputs (0 to {outputs - 1}); "
                 f"check the labels, or the width of the last layer"
             )
+
+
+def _check_whole(labels: torch.Tensor) -> None:
+    if labels.dtype not in _WHOLE:
+        raise InputError(f"labels must be whole numbers (int64), got {labels.dtype}")
 
 
 def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch.device:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     # The run's name keeps the last step of another run readable until this one's is whole.
     weights = folder / _WEIGHTS.format(run=checkpoint.fingerprint[:8], step=step)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in checkpoint.weights.items()}
-    _replace(weights, lambda path: save_file(tensors, path))
+    replace_file(weights, lambda path: save_file(tensors, path))
     state = {
         "fingerprint": checkpoint.fingerprint,
         "weights": weights.name,
@@ -88,13 +89,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "taken": [dataclasses.asdict(branch) for branch in checkpoint.taken],
     }
     text = json.dumps(state, indent=1) + "\n"
-    _replace(folder / _STATE, lambda path: path.write_text(text))
+    replace_file(folder / _STATE, lambda path: path.write_text(text))
     for old in folder.glob("weights-*.safetensors"):
         if old.name != weights.name:
             old.unlink()
 
 
-def _replace(path: Path, write: Any) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` make a file beside its place, and moves it there: it is whole or not there."""
     beside = path.with_name(path.name + ".part")
     write(beside)
     os.replace(beside, path)

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from attrfast.compare.command import compare
 from attrfast.errors import AttrfastError
 
 app = typer.Typer(
@@ -57,6 +58,9 @@ def demo(
     from attrfast import demo as demonstration
 
     typer.echo(demonstration.run(out, seed=seed, progress=progress))
+
+
+app.command()(compare)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Runs batches through a model and owns the score matrix. Must not know what pruning is.
+"""Runs batches through a model, and makes scores of what was measured. Must not know what pruning is.
 
 Every pass leaves the model bit-identical: parameters, buffers, training flags, `requires_grad`, `.grad`,
 hooks and the global random state.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -19,123 +17,69 @@ from tqdm import tqdm
 
 from attrfast.batches import Batch, check_iterable, resolve_device, unpack
 from attrfast.channels import Discovery, discover
-from attrfast.criteria import REDUCTIONS, Criterion, OwnPass, Reduction, get_criterion
-from attrfast.diagnosis import first_nonfinite
-from attrfast.errors import InputError, ModelError, NumericalError
-from attrfast.matrix import RowsError
-from attrfast.objective import Objective
+from attrfast.criteria import (
+    MEAN,
+    REDUCTIONS,
+    ActivationCriterion,
+    Criterion,
+    Reduction,
+    get_criterion,
+)
+from attrfast.errors import InputError, ModelError
+from attrfast.passes import Pass
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
-from attrfast.tiers import Runner
 from attrfast.trace import preserved
 from attrfast.units import Units
 
-log = logging.getLogger(__name__)
+CriterionLike = str | Criterion | type[Criterion]
 
 
-class Pass:
-    """Importance of every unit, added up batch by batch.
-
-    Args:
-        model: left bit-identical.
-        found: the model's units, and its recorded forward pass.
-        criterion: what is differentiated, and by which rule.
-        reduction: how S of many samples becomes one number a unit.
-        loss_fn: the user's loss, for criteria that measure one.
-        amp_dtype: run the forward pass under autocast in this dtype.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        found: Discovery,
-        criterion: Criterion,
-        reduction: Reduction,
-        *,
-        loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
-        amp_dtype: torch.dtype | None = None,
-        device: torch.device,
-    ) -> None:
-        self.model, self.units, self.device = model, found.units, device
-        self.criterion, self.reduction, self.amp_dtype = criterion, reduction, amp_dtype
-        self.objective = Objective(criterion, loss_fn)
-        self.runner = Runner(model, found, guided=criterion.guided, absolute=reduction.absolute)
-        # What is not finite is looked for where that makes nobody wait for a GPU; there, once at the end.
-        self.watchful = device.type == "cpu"
-        self.total = torch.zeros(len(found.units), dtype=torch.float64, device=device)
-        self.samples = 0
-
-    def add(self, batch: Batch) -> None:
-        """Scores one batch of samples, on the model's device."""
-        try:
-            matrix = self._matrix(batch)
-        except RowsError as error:
-            if batch.samples == 1:
-                raise
-            log.debug("%s: samples are scored one by one", error)
-            matrix = torch.cat([self._matrix(part) for part in batch.split(1)])
-        self.total += self.reduction.partial(matrix)
-        self.samples += batch.samples
-
-    def _matrix(self, batch: Batch) -> torch.Tensor:
-        def forward() -> Any:
-            return _forward(self.model, self.amp_dtype, batch)
-
-        def objective(output: Any) -> torch.Tensor:
-            total = self.objective(output, batch)
-            if self.watchful and not bool(torch.isfinite(total)):
-                self._explain(forward, batch, f"the objective of {self.criterion.name!r} is {total:g}")
-            return total
-
-        # Small gradients vanish in fp16; S is divided by the same power of two, so nothing else changes.
-        scale = 1024.0 if self.amp_dtype == torch.float16 else 1.0
-        with torch.enable_grad():
-            matrix = self.runner.run(forward, objective, batch.samples, scale)
-        if self.watchful and not bool(torch.isfinite(matrix.sum())):
-            self._explain(forward, batch, self._bad_columns(matrix))
-        return matrix
-
-    def _bad_columns(self, matrix: torch.Tensor) -> str:
-        bad = torch.nonzero(~torch.isfinite(matrix).all(0)).flatten()
-        if not len(bad):
-            return "the score matrix overflows"
-        # Gradients run from the output down, so the trouble starts at the last of the layers.
-        name = self.units.layers[int(self.units.layer_of[bad.cpu()].max())].name
-        return f"the gradient at the filters of {name} is not finite"
-
-    def _explain(self, forward: Callable[[], Any], batch: Batch, what: str) -> None:
-        place = first_nonfinite(self.model, forward, batch.raw)
-        where = f"; NaN or infinity first appears in {place}" if place else ""
-        raise NumericalError(
-            f"{what} in the batch after {self.samples} samples{where}. Check the data and the weights "
-            f"there, or leave out amp_dtype"
-        )
-
-    def importance(self) -> torch.Tensor:
-        """(U,) on the CPU.
-
-        Raises:
-            NumericalError: a score is not finite.
-        """
-        raw = self.reduction.finish(self.total, self.samples).cpu()
-        if not bool(torch.isfinite(raw).all()):
-            raise NumericalError(
-                f"{self._bad_columns(raw[None])} in one of the batches. Check the data and the weights, "
-                f"or leave out amp_dtype"
-            )
-        return raw.to(torch.float64)
+@overload
+def attribute(
+    model: nn.Module,
+    loader: Iterable[Any],
+    criterion: CriterionLike = ...,
+    *,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = ...,
+    normalize: str | None = ...,
+    reduction: str | None = ...,
+    max_batches: int | None = ...,
+    microbatch: int | None = ...,
+    device: str | torch.device | None = ...,
+    amp_dtype: torch.dtype | None = ...,
+    by_class: bool = ...,
+    classes: Sequence[int] | None = ...,
+    progress: bool = ...,
+    seed: int = ...,
+    units: Units | Discovery | None = ...,
+) -> Scores: ...
 
 
-def _forward(model: nn.Module, amp_dtype: torch.dtype | None, batch: Batch) -> Any:
-    """The model's output, under autocast in `amp_dtype` where there is one."""
-    device = next(model.parameters()).device.type
-    with torch.autocast(device, dtype=amp_dtype, enabled=amp_dtype is not None):
-        return batch.feed(model)
+@overload
+def attribute(
+    model: nn.Module,
+    loader: Iterable[Any],
+    criterion: list[Any] | tuple[Any, ...],
+    *,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = ...,
+    normalize: str | None = ...,
+    reduction: str | None = ...,
+    max_batches: int | None = ...,
+    microbatch: int | None = ...,
+    device: str | torch.device | None = ...,
+    amp_dtype: torch.dtype | None = ...,
+    by_class: bool = ...,
+    classes: Sequence[int] | None = ...,
+    progress: bool = ...,
+    seed: int = ...,
+    units: Units | Discovery | None = ...,
+) -> dict[str, Scores]: ...
 
 
 def attribute(
     model: nn.Module,
     loader: Iterable[Any],
-    criterion: str | Criterion = "taylor",
+    criterion: CriterionLike | list[Any] | tuple[Any, ...] = "taylor",
     *,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     normalize: str | None = "l2",
@@ -144,32 +88,38 @@ def attribute(
     microbatch: int | None = None,
     device: str | torch.device | None = None,
     amp_dtype: torch.dtype | None = None,
+    by_class: bool = False,
+    classes: Sequence[int] | None = None,
     progress: bool = True,
     seed: int = 0,
     units: Units | Discovery | None = None,
-) -> Scores:
+) -> Scores | dict[str, Scores]:
     """Scores every filter of a model by how much it contributes, in one pass over the data.
 
     Args:
         model: any module; it comes back bit-identical.
         loader: iterable of `(input, label)` batches; inputs (N, ...), labels (N,) int64.
-        criterion: a name (`attrfast.criterion_names()`) or an `attrfast.Criterion`.
+        criterion: a name (`attrfast.criterion_names()`) or an `attrfast.Criterion`; or a list of them,
+            which together read the data once, and share forward and backward passes where they can.
         loss_fn: `loss_fn(output, batch)` in place of the cross-entropy, for criteria that measure a
             loss: one value a sample (N,), or their sum or mean.
         normalize: within each layer: `"l2"` (the paper's), `"mean"`, `"max"` or None.
-        reduction: `"abs_sample"`, `"sq_sample"`, `"signed_batch"` or `"abs_element"`; None takes the
-            criterion's own.
+        reduction: `"abs_sample"`, `"sq_sample"`, `"signed_batch"` or `"abs_element"`, for criteria that
+            read gradients; None takes the criterion's own.
         max_batches: read no more batches than this.
         microbatch: run at most this many samples at once. The scores do not depend on it.
         device: run there (on a copy, if the model is elsewhere); None: where the model is.
         amp_dtype: `torch.bfloat16` or `torch.float16` runs the forward pass under autocast.
+        by_class: score the samples of every labelled class on their own as well (`Scores.by_class`).
+        classes: score the samples with these labels alone.
         progress: show a bar when standard error is a terminal.
         seed: of what a criterion draws at random (`random`, `iba`).
         units: the model's units, if they are known from an earlier call; with the pass that they were
             found in (`attrfast.channels.discover`), no other is recorded.
 
     Returns:
-        Scores: one value a filter, by the names of the convolutions.
+        Scores: one value a filter, by the names of the convolutions. For a list of criteria, a dict with
+        the scores of each, by its name: what each gives alone.
 
     Raises:
         InputError: an argument, a batch or a label is not usable.
@@ -177,13 +127,21 @@ def attribute(
         NumericalError: an activation, the objective or a gradient is not finite.
         BackendError: the device does not exist here.
     """
-    rule, how = check_options(
-        criterion,
-        normalize=normalize,
-        reduction=reduction,
-        max_batches=max_batches,
-        microbatch=microbatch,
-    )
+    together = criterion if isinstance(criterion, (list, tuple)) else (criterion,)
+    chosen = [
+        check_options(
+            one,
+            normalize=normalize,
+            reduction=reduction,
+            max_batches=max_batches,
+            microbatch=microbatch,
+            by_class=by_class,
+            classes=classes,
+        )
+        for one in together
+    ]
+    names = _distinct([rule for rule, _ in chosen])
+    measured = [(rule, how) for rule, how in chosen if rule.needs_data]
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides every call
     place = resolve_device(model, device)
     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
@@ -193,8 +151,7 @@ def attribute(
         )
     if any(p.device != place for p in model.parameters()):
         model = copy.deepcopy(model).to(place)
-    raw: torch.Tensor | None = None
-    samples = 0
+    running: Pass | None = None
     # Whatever region the caller is in: gradients are recorded, and amp_dtype alone says what is autocast.
     with (
         preserved(model),
@@ -202,46 +159,59 @@ def attribute(
         torch.autocast(place.type, enabled=False),
     ):
         model.eval()
-        running: Pass | OwnPass | None = None
-        for batch in _batches(loader, place, max_batches, progress and rule.needs_data):
+        for batch in _batches(loader, place, max_batches, progress and bool(measured)):
             if running is None:
                 found = _discover(model, batch, units)
-                if not rule.needs_data:
+                if not measured:
                     break
-                running = rule.own_pass(
+                running = Pass(
                     model,
                     found,
-                    objective=Objective(rule, loss_fn),
-                    forward=functools.partial(_forward, model, amp_dtype),
+                    measured,
+                    loss_fn=loss_fn,
+                    amp_dtype=amp_dtype,
+                    device=place,
+                    by_class=by_class,
+                    classes=classes or (),
                     seed=seed,
                     progress=progress,
-                ) or Pass(model, found, rule, how, loss_fn=loss_fn, amp_dtype=amp_dtype, device=place)
-            for part in batch.split(microbatch or batch.samples):
+                )
+            wanted = batch if classes is None else batch.of_classes(classes)
+            for part in [] if wanted is None else wanted.split(microbatch or wanted.samples):
                 running.add(part)
-        if running is None:
-            raw = rule.from_weights(model, found.units, seed).to(torch.float64)
-        else:
-            raw, samples = running.importance(), running.samples
-    wide = any(p.dtype == torch.float64 for p in model.parameters())
-    importance = normalized(raw, found.units, normalize).to(torch.float64 if wide else torch.float32)
-    return Scores(
-        units=found.units,
-        importance=importance,
-        raw=raw,
-        samples=samples,
-        criterion=rule.name,
-        reduction=how.name if isinstance(running, Pass) else None,
-        normalize=normalize,
-    )
+        if running is not None and running.samples == 0:
+            raise InputError(f"the loader holds no sample of the classes {list(classes or ())}")
+        found_out = iter(running.results() if running is not None else ())
+        results = {}
+        wide = any(p.dtype == torch.float64 for p in model.parameters())
+        for name, (rule, how) in zip(names, chosen, strict=True):
+            if rule.needs_data:
+                raw, table = next(found_out)
+            else:
+                raw, table = rule.from_weights(model, found.units, seed).to(torch.float64), None
+            results[name] = Scores(
+                units=found.units,
+                importance=_comparable(raw, found.units, normalize, wide),
+                raw=raw,
+                samples=running.samples if running and rule.needs_data else 0,
+                criterion=rule.name,
+                reduction=how.name if rule.needs_data and how is not MEAN else None,
+                normalize=normalize,
+                by_class=None if table is None else _comparable(table, found.units, normalize, wide),
+                class_samples=running.class_samples if running else None,
+            )
+    return results if together is criterion else results[names[0]]
 
 
 def check_options(
-    criterion: str | Criterion,
+    criterion: CriterionLike,
     *,
     normalize: str | None,
     reduction: str | None,
     max_batches: int | None,
     microbatch: int | None,
+    by_class: bool = False,
+    classes: Sequence[int] | None = None,
 ) -> tuple[Criterion, Reduction]:
     """The criterion and the reduction that `attribute` would use.
 
@@ -252,12 +222,57 @@ def check_options(
     how = REDUCTIONS.get(reduction or rule.reduction)
     if how is None:
         raise InputError(f"unknown reduction {reduction!r}; known: {', '.join(REDUCTIONS)}")
+    if isinstance(rule, ActivationCriterion) or type(rule).own_pass is not Criterion.own_pass:
+        how = MEAN
+    elif rule.own_reduction and how.name != rule.reduction:
+        raise InputError(
+            f"the criterion {rule.name!r} is defined with the reduction {rule.reduction!r} alone, got "
+            f"{reduction!r}; leave reduction out"
+        )
     if normalize not in NORMALIZATIONS:
         raise InputError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}")
     for name, value in (("max_batches", max_batches), ("microbatch", microbatch)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if not rule.needs_data and (by_class or classes is not None):
+        raise InputError(
+            f"the criterion {rule.name!r} is not measured on samples, so it knows no classes; choose one "
+            f"that is, for instance 'taylor'"
+        )
+    if classes is not None and not _are_classes(classes):
+        raise InputError(
+            f"classes must be a list of one class number or more (0, 1, ...), got {classes!r}"
+        )
     return rule, how
+
+
+def _are_classes(classes: object) -> bool:
+    return (
+        isinstance(classes, Sequence)
+        and not isinstance(classes, str)
+        and len(classes) > 0
+        and all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in classes)
+    )
+
+
+def _distinct(rules: Sequence[Criterion]) -> list[str]:
+    names = [rule.name or type(rule).__name__ for rule in rules]
+    if not names:
+        raise InputError("the list of criteria is empty; give at least one, for instance ['taylor']")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"the criterion {twice!r} is given twice; results go by name, so name each once (register a "
+            f"subclass under another name for the same criterion with other options)"
+        )
+    return names
+
+
+def _comparable(raw: torch.Tensor, units: Units, normalize: str | None, wide: bool) -> torch.Tensor:
+    """Normalised, (U,) or (K, U) row by row, in the dtype of results."""
+    if raw.dim() == 2:
+        return torch.stack([_comparable(row, units, normalize, wide) for row in raw])
+    return normalized(raw, units, normalize).to(torch.float64 if wide else torch.float32)
 
 
 def _discover(model: nn.Module, batch: Batch, units: Units | Discovery | None) -> Discovery:

@@ -11,7 +11,7 @@ Must not know what is made of the maps. No hook is set and nothing is written to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,23 +22,12 @@ from torch.overrides import TorchFunctionMode
 from attrfast.batches import Batch
 from attrfast.channels import Discovery
 from attrfast.errors import ModelError
-from attrfast.flow import Analysis
+from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import is_reader
+from attrfast.map_statistics import channels_in
 from attrfast.matrix import RowsError
-from attrfast.trace import (
-    Call,
-    Numbering,
-    Param,
-    Trace,
-    call_name,
-    is_silent,
-    opened,
-    state_names,
-    tensors_in,
-    trace,
-    written_to,
-)
-from attrfast.units import Units, reader_weights
+from attrfast.trace import Call, Trace, call_name, is_silent, opened, state_names, trace
+from attrfast.units import reader_weights
 
 # Besides pooling: calls that choose, move or average positions and leave every channel by itself.
 _POSITIONS_ONLY = frozenset(
@@ -126,7 +115,7 @@ class FeatureMaps:
             except OtherCallsError:
                 continue
         record = trace(self.model, batch.args, batch.kwargs)
-        recording = _recording(record, _channels(self.model, record, self.units), self.weights)
+        recording = _recording(record, channels_in(self.model, self.units, record), self.weights)
         self.recordings.append(recording)
         return self._capture(recording, batch, forward)
 
@@ -169,6 +158,11 @@ class FeatureMaps:
                 _MapMode(self.model, recording.record, places, visit, end) as mode,
             ):
                 output = forward(batch)
+        except PlanMismatchError as error:
+            raise OtherCallsError(
+                f"the model makes other calls than in an earlier pass: {error}. If its way depends on "
+                f"chance, make it fixed in eval mode"
+            ) from error
         except RuntimeError as error:
             if _CHECKPOINTED in str(error):
                 raise ModelError(_CHECKPOINTED) from error
@@ -250,32 +244,6 @@ def _overwritten(record: Trace) -> set[int]:
     return {v for v in range(len(record.shapes)) if home.get(v, v) in changed}
 
 
-def _channels(model: nn.Module, record: Trace, units: Units) -> dict[int, tuple[int, torch.Tensor]]:
-    """What `Discovery.channels` holds, for another pass of the same model."""
-    analysis = Analysis(model)
-    analysis.run(record)
-    unit_of = torch.full((len(analysis.labels.parent) + 1,), -1, dtype=torch.int64)
-    for label, (module, index) in enumerate(analysis.labels.producers):
-        row = units.outputs.get(module)
-        if row is not None:
-            unit_of[label] = row[index]
-    found = {value: (c.dim, unit_of[list(c.labels)]) for value, c in analysis.channels.items()}
-    return {value: place for value, place in found.items() if bool((place[1] >= 0).any())}
-
-
-def _state(call: Call) -> list[str]:
-    """Names of the parameters and buffers that a recorded call is given, in order."""
-
-    def names(tree: Any) -> Iterator[str]:
-        if isinstance(tree, Param):
-            yield tree.name
-        elif isinstance(tree, (tuple, dict)):
-            for item in tree.values() if isinstance(tree, dict) else tree:
-                yield from names(item)
-
-    return list(names((call.args, call.kwargs)))
-
-
 class _MapMode(TorchFunctionMode):
     """Runs a recorded pass again and shows its places to `visit`.
 
@@ -291,19 +259,21 @@ class _MapMode(TorchFunctionMode):
         end: int,
     ) -> None:
         super().__init__()
-        self.calls, self.places, self.visit = record.calls, places, visit
+        self.places, self.visit, self.end = places, visit, end
+        self.follower = Follower(model, record.calls)
         self.frozen = {id(p): p.detach() for p in model.parameters()}
-        names = state_names(model)
-        self.numbering = Numbering(names | {id(self.frozen[i]): names[i] for i in self.frozen})
-        self.index, self.end = 0, end
         self.foreign: list[torch.Tensor] = []  # kept, so that their ids stay theirs
+        names = state_names(model)
+        # A call that gives back a parameter gives back its alias.
+        self.follower.numbering.names |= {id(self.frozen[i]): names[i] for i in self.frozen}
 
-    def _name(self, tensor: torch.Tensor) -> str:
-        return self.numbering.names[id(tensor)]
+    @property
+    def index(self) -> int:
+        return self.follower.index
 
     def _detached(self, tree: Any) -> Any:
         if isinstance(tree, torch.Tensor):
-            foreign = self.index < self.end and self.numbering.values.get(tree) is None
+            foreign = self.index < self.end and self.follower.numbering.values.get(tree) is None
             if foreign and tree.requires_grad and id(tree) not in self.frozen:
                 self.foreign.append(tree)
                 self.frozen[id(tree)] = tree.detach()
@@ -327,28 +297,14 @@ class _MapMode(TorchFunctionMode):
         args = tuple(self._detached(a) for a in args)
         kwargs = {key: self._detached(value) for key, value in kwargs.items()}
         name = call_name(func)
-        if is_silent(name) or self.index == self.end < len(self.calls):
+        if is_silent(name) or self.index == self.end < len(self.follower.calls):
             return func(*args, **kwargs)
-        if self.index == len(self.calls):
-            raise OtherCallsError(f"the model goes on with {name} after {self.index} calls")
-        call, inputs = self.calls[self.index], self.numbering.inputs(args, kwargs)
-        state = [self._name(t) for t in tensors_in((args, kwargs)) if self.numbering.is_state(t)]
-        if (call.name, call.inputs, _state(call)) != (name, inputs, state):
-            raise OtherCallsError(
-                f"call {self.index} of the model is {name}{inputs} with {state or 'no parameters'}, and "
-                f"was {call.name}{call.inputs} with {_state(call) or 'none'} in an earlier pass; if its "
-                f"way depends on chance, make it fixed in eval mode"
-            )
-        self.index += 1
+        call = self.follower.meet(name, args, kwargs)
         out = func(*args, **kwargs)
-        made = self.numbering.made(out, written_to(name, args, kwargs))
-        if len(made) != len(call.outputs):
-            raise OtherCallsError(f"call {call.index} of the model, {name}, made {len(made)} tensors")
-        for tensor in made:
-            self.numbering.new(tensor)
+        made = self.follower.leave(call, out, args, kwargs)
         place = self.places.get(call.outputs[0]) if call.outputs else None
         if place is None or out is not made[0]:
             return out
         given = self.visit(place, out)
-        self.numbering.values.put(given, place.value)
+        self.follower.numbering.values.put(given, place.value)
         return given

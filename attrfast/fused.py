@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from attrfast import ops
 from attrfast.buffers import Buffers
 from attrfast.convolution import Geometry, each, input_gradient
+from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import Plan
 from attrfast.layouts import channels_lie_together, empty_laid
 from attrfast.matrix import Columns, ScoreMatrix
@@ -26,14 +27,7 @@ from attrfast.reference import compute_dtype
 from attrfast.signatures import batch_norm_arguments, bound_arguments
 from attrfast.stages import INF, Stage, pool_geometry
 from attrfast.taps import Tap, folded_batch_norm
-from attrfast.trace import (
-    Numbering,
-    call_name,
-    is_silent,
-    opened,
-    state_names,
-    written_to,
-)
+from attrfast.trace import call_name, is_silent, opened
 
 Tensor = torch.Tensor
 
@@ -42,9 +36,8 @@ Tensor = torch.Tensor
 # the cache when the kernel after it reads it.
 PART = 4 << 20
 
-
-class PlanMismatchError(Exception):
-    """The model made another call than the recorded one."""
+# Of torch 2.8 and newer. Before, a checkpoint inside a stage ends in its own error.
+_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class _Run:
@@ -353,8 +346,8 @@ class PlanMode(TorchFunctionMode):
         self.plan, self.columns, self.matrix, self.anchor = plan, columns, matrix, anchor
         self.folded, self.guided = folded, guided
         self.frozen = {id(p): p.detach() for p in model.parameters()}
-        self.numbering = Numbering(state_names(model))
-        self.index = 0
+        self.follower = Follower(model, plan.calls)
+        self.numbering = self.follower.numbering
         self.running: dict[int, _Run] = {}  # stages under way, by the value they have reached
 
     def __torch_function__(
@@ -372,26 +365,20 @@ class PlanMode(TorchFunctionMode):
         name = call_name(func)
         if is_silent(name):
             return func(*args, **kwargs)
-        call = self.plan.calls[self.index] if self.index < len(self.plan.calls) else None
-        inputs = self.numbering.inputs(args, kwargs)
-        if call is None or call.name != name or call.inputs != inputs:
-            known = "no further call" if call is None else f"{call.name}{call.inputs}"
-            raise PlanMismatchError(f"call {self.index} is {name}{inputs}, recorded was {known}")
-        self.index += 1
+        if _hooks_of_saved_tensors is not None and _hooks_of_saved_tensors(True) is not None:
+            # A checkpoint runs its part of the model again, call by call, and expects the same tensors.
+            raise PlanMismatchError(f"{name} runs in a checkpoint, or where saved tensors are hooked")
+        call = self.follower.meet(name, args, kwargs)
         stage = self.plan.stages.get(call.index)
         if stage is not None:
             role = stage.roles[call.index]
-            out = self._advance(stage, role, call.index, func, name, inputs, args, kwargs)
+            out = self._advance(stage, role, call.index, func, name, call.inputs, args, kwargs)
         else:
             out = func(
                 *(self._read(call.index, a) for a in args),
                 **{key: self._read(call.index, value) for key, value in kwargs.items()},
             )
-        made = self.numbering.made(out, written_to(name, args, kwargs))
-        if len(made) != len(call.outputs):
-            raise PlanMismatchError(f"call {call.index}, {name}, made {len(made)} tensors")
-        for tensor in made:
-            self.numbering.new(tensor)
+        made = self.follower.leave(call, out, args, kwargs)
         if stage is None and len(made) == 1 and call.outputs[0] in self.plan.through:
             value = call.outputs[0]
             if out is not made[0] or not out.is_floating_point():
@@ -401,6 +388,24 @@ class PlanMode(TorchFunctionMode):
             out = self._tap(out, value, self.plan.through[value])
             self.numbering.values.put(out, value)
         return out
+
+    def held(self, x: Tensor) -> Tensor:
+        """What x will hold: inside a stage that has yet to run, its memory is right in shape alone."""
+        value = self.numbering.values.get(x)
+        run = self.running.get(value) if value is not None else None
+        if run is None:
+            return x
+        assert run.z is not None
+        parts = [run.z]
+        if run.parts is not None:
+            parts = list(run.parts)
+            run.parts = iter(parts)
+        wide = compute_dtype(run.z.dtype)
+        scale, shift = (None if t is None else t.to(wide) for t in (run.scale, run.shift))
+        relu = ops.backend_for(run.z.device).affine_relu
+        # A stage that goes on after its ReLU has a pooling, and so no addition.
+        made = [relu(part, scale, shift, None, run.lower, run.upper) for part in parts]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     # -- calls outside stages ------------------------------------------------------------------------
 

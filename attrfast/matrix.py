@@ -66,6 +66,12 @@ class ScoreMatrix:
         self._measure()
         return self._sums[:, :-1]
 
+    def take(self) -> torch.Tensor:
+        """(N, U), with all that was added; what is added from now on is a new S."""
+        values = self.values
+        self._sums = torch.zeros_like(self._sums)
+        return values
+
     def add(
         self, columns: Columns, x: torch.Tensor, g: torch.Tensor, dim: int, sign: float = 1.0
     ) -> None:

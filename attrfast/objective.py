@@ -77,7 +77,7 @@ class Objective:
     """J of one batch, from the model's output.
 
     Args:
-        criterion: whose objective is differentiated.
+        criterion: whose objectives are differentiated.
         loss_fn: takes the objective's place where the criterion measures a loss.
     """
 
@@ -85,36 +85,48 @@ class Objective:
         self.criterion = criterion
         self.loss = Loss(loss_fn) if loss_fn is not None and criterion.uses_loss else None
 
-    def __call__(self, output: Any, batch: Batch) -> torch.Tensor:
-        """J, summed over the batch's samples: 0-d, float32 or float64.
+    def __call__(self, output: Any, batch: Batch, first: int) -> list[torch.Tensor]:
+        """Every J of the criterion (most have one), summed over the batch's samples.
+
+        Args:
+            first: number of the batch's first sample in the whole pass.
+
+        Returns:
+            0-d tensors, float32 or float64.
 
         Raises:
             InputError: the output is no matrix of logits, or a label is outside it.
-            NoGradientError: the objective is not differentiable.
+            NoGradientError: an objective is not differentiable.
         """
         if self.loss is not None:
-            total = self.loss(output, batch.raw, batch.labels, batch.samples) * self.criterion.loss_sign
+            loss = self.loss(output, batch.raw, batch.labels, batch.samples)
+            totals = [loss * self.criterion.loss_sign]
         else:
             logits = main_output(output)
             check_labels(batch, logits)
             dtype = torch.promote_types(logits.dtype, torch.float32)
-            values = self._values(logits.to(dtype), batch.labels.long())
-            if values.shape != (batch.samples,):
-                raise InputError(
-                    f"the objective of {self.criterion.name!r} returned shape {tuple(values.shape)} "
-                    f"for {batch.samples} samples; return one value a sample"
-                )
-            total = values.sum()
-        if not total.requires_grad:
+            totals = [
+                self._summed(values, batch.samples)
+                for values in self._values(logits.to(dtype), batch.labels.long(), first)
+            ]
+        if not all(total.requires_grad for total in totals):
             raise NoGradientError(
                 "the objective has no gradient: no differentiable path leads from a convolution to "
                 "the model's output; look for torch.no_grad() or .detach() in forward, or in the loss"
             )
-        return total.to(torch.promote_types(total.dtype, torch.float32))
+        return [total.to(torch.promote_types(total.dtype, torch.float32)) for total in totals]
 
-    def _values(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _summed(self, values: torch.Tensor, samples: int) -> torch.Tensor:
+        if values.shape != (samples,):
+            raise InputError(
+                f"the objective of {self.criterion.name!r} returned shape {tuple(values.shape)} "
+                f"for {samples} samples; return one value a sample"
+            )
+        return values.sum()
+
+    def _values(self, logits: torch.Tensor, labels: torch.Tensor, first: int) -> list[torch.Tensor]:
         try:
-            return self.criterion.objective(logits, labels)
+            return list(self.criterion.objectives(logits, labels, first))
         except AttrfastError:
             raise
         except Exception as error:

@@ -34,6 +34,7 @@ from attrfast.residual import ResidualBranch
 from attrfast.result import PruneResult, Step
 from attrfast.scores import normalized
 from attrfast.seeding import seeded
+from attrfast.selection import for_the_worst_class
 from attrfast.shrinking import Shrinking, install
 from attrfast.targets import Asked, Targets
 
@@ -60,6 +61,8 @@ def prune(
     microbatch: int | None = None,
     device: str | torch.device | None = None,
     amp_dtype: torch.dtype | None = None,
+    classes: Sequence[int] | None = None,
+    balance: str | None = None,
     round_to: int = 1,
     min_filters: int = 1,
     ignore: Iterable[str | nn.Module] = (),
@@ -96,6 +99,11 @@ def prune(
         normalize, reduction, max_batches, microbatch, amp_dtype: of scoring, see `attribute`; all but
             the first without effect on a criterion that trains.
         device: run there; None: where the model is.
+        classes: keep what these classes need: importance comes from the samples with these labels alone.
+            Fine-tuning and the history go by all samples of the loaders that are given.
+        balance: None ranks filters by their importance over all samples; `"worst_class"` by that for the
+            class which needs them most, so that no class pays for the others (and no class counts for
+            less because it is rare). See `attrfast.selection.for_the_worst_class`.
         round_to: widths of pruned layers are multiples of this.
         min_filters: how many filters every convolution keeps at least.
         ignore: modules, or names or patterns of modules, that are left whole.
@@ -116,12 +124,16 @@ def prune(
         NumericalError: something is not finite.
         BackendError: the device does not exist here.
     """
+    if balance not in (None, "worst_class"):
+        raise InputError(f"balance must be 'worst_class' or None, got {balance!r}")
     rule, _ = check_options(
         criterion,
         normalize=normalize,
         reduction=reduction,
         max_batches=max_batches,
         microbatch=microbatch,
+        by_class=balance is not None,
+        classes=classes,
     )
     tuning = as_finetune(finetune)
     final = None if final_finetune is None else as_finetune(final_finetune)
@@ -158,6 +170,8 @@ def prune(
         "max_batches": max_batches,
         "microbatch": microbatch,
         "amp_dtype": amp_dtype,
+        "by_class": balance is not None,
+        "classes": None if classes is None else sorted(set(classes)),
     }
     saver = None
     if output_dir is not None:
@@ -328,6 +342,8 @@ class _Loop:
                     units=found,
                     **self.scoring,
                 )
+            if scores.by_class is not None:
+                return for_the_worst_class(scores.by_class), ()
             return scores.importance, ()
         self.now.model = copy.deepcopy(self.now.model)  # the best so far may be this one
         rule = self.scoring["criterion"]

@@ -19,6 +19,17 @@ def rows(tree: Any, samples: int, start: int, stop: int) -> Any:
     return _picked(tree, samples, lambda item: item[start:stop])
 
 
+def chosen(tree: Any, samples: int, index: torch.Tensor) -> Any:
+    """The samples with the numbers `index` (int64) of a batch; see `rows`."""
+
+    def pick(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            return item[index]
+        return type(item)(item[i] for i in index.tolist())
+
+    return _picked(tree, samples, pick)
+
+
 def repeated(tree: Any, samples: int, count: int) -> Any:
     """The first `count` samples of a batch that is repeated as often as need be; see `rows`."""
     times = -(-count // samples)

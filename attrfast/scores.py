@@ -24,6 +24,9 @@ class Scores(Mapping[str, torch.Tensor]):
         raw: (U,) float64, before normalisation.
         samples: how many samples were seen (0 for a criterion that reads weights alone).
         criterion, reduction, normalize: how it was computed.
+        by_class: (K, U) the same from the samples of each class alone, normalised class by class; zero for
+            a class without samples. None unless `attribute(by_class=True)` was asked for.
+        class_samples: (K,) int64, how many samples of each class were seen; None like `by_class`.
     """
 
     units: Units
@@ -33,14 +36,28 @@ class Scores(Mapping[str, torch.Tensor]):
     criterion: str
     reduction: str | None
     normalize: str | None
+    by_class: torch.Tensor | None = None
+    class_samples: torch.Tensor | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """(filters,) importance of each filter of the convolution `name`: its unit's."""
+        return self.importance[self._filters(name)]
+
+    def class_scores(self, name: str) -> torch.Tensor:
+        """(K, filters) importance of each filter of the convolution `name`, class by class.
+
+        Raises:
+            InputError: the scores were not taken by class.
+        """
+        if self.by_class is None:
+            raise InputError("the scores were not taken by class; call attribute(..., by_class=True)")
+        return self.by_class[:, self._filters(name)]
+
+    def _filters(self, name: str) -> torch.Tensor:
         try:
-            mapping = self.units.filters[name]
+            return self.units.filters[name]
         except KeyError:
             raise KeyError(f"{name!r} is no scored convolution; see list(scores)") from None
-        return self.importance[mapping]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.units.filters)

@@ -32,6 +32,25 @@ class Block:
     filters: int
 
 
+def for_the_worst_class(by_class: torch.Tensor) -> torch.Tensor:
+    """Importance that guards the class which would lose most: the maximum over classes.
+
+    The mean over all samples thins out a filter that one class of K needs to a K-th of its importance, and
+    one that a rare class needs to less. By the maximum, a filter goes early only if every class can do
+    without it: of all sets of as many units, the lowest by the maximum are the one in which the most
+    that any class needs any of them is least. Each class is normalised on its own, so that neither its
+    number of samples nor the size of its gradients speaks louder than which filters it needs.
+
+    Args:
+        by_class: (K, U), each class normalised within each layer; zero for a class without samples.
+
+    Returns:
+        (U,), comparable between layers: at most 1, the share of a layer's norm for the class that needs
+        the unit most.
+    """
+    return by_class.amax(0)
+
+
 def rank(
     importance: torch.Tensor,
     units: Units,

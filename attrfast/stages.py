@@ -144,7 +144,7 @@ def _head(call: Call, record: Trace, uses: Uses) -> Stage | None:
         return None
     if _is_norm(call):
         return Stage({call.index: "norm"}, value, out, owned=_spare(value, uses))
-    upper = _relu(call)
+    upper = call_ceiling(call)
     if upper is not None:
         return Stage({call.index: "relu"}, value, out, upper=upper, owned=_spare(value, uses))
     if _is_pool(call, record):
@@ -184,7 +184,7 @@ def _role(stage: Stage, call: Call, record: Trace, uses: Uses) -> str | None:
         return None
     if _is_norm(call) and not stage.has("norm") and not stage.has("add"):
         return "norm" if isinstance(first, Ref) and first.value == stage.output else None
-    upper = _relu(call)
+    upper = call_ceiling(call)
     if upper is not None:
         stage.upper = upper
         return "relu"
@@ -209,7 +209,8 @@ def _is_norm(call: Call) -> bool:
     return not training and isinstance(mean, Param) and isinstance(var, Param)
 
 
-def _relu(call: Call) -> float | None:
+def call_ceiling(call: Call) -> float | None:
+    """`relu_ceiling` of a recorded call."""
     if len(call.inputs) != 1:
         return None
     return relu_ceiling(call.name, lambda i, key, default: argument(call, i, key, default))

@@ -1,12 +1,14 @@
 """Runs one batch by the fast tier, or by the call tier where that can't.
 
-Both give the same score matrix. Must not know about loaders, criteria or reductions.
+Both give the same score matrix; one forward pass serves any number of objectives, each with a backward pass
+of its own. Must not know about loaders, criteria or reductions.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,13 +16,20 @@ from torch import nn
 
 from attrfast.buffers import Buffers
 from attrfast.channels import Discovery
-from attrfast.fused import PlanMismatchError, PlanMode
+from attrfast.following import PlanMismatchError
+from attrfast.fused import PlanMode
 from attrfast.graph import Plan, make_plan
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.taps import TapMode
+from attrfast.trace import shown
 from attrfast.units import reader_weights
 
 log = logging.getLogger(__name__)
+
+_grad = shown(torch.autograd.grad)  # a mode that is on stays on in what runs again during it
+
+# From what gives a tensor its values (`PlanMode.held`) to a mode that watches the forward pass.
+Watch = Callable[[Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[Any]]
 
 
 class Runner:
@@ -79,22 +88,48 @@ class Runner:
             objective: of the output: 0-d, summed over samples.
             scale: gradients are multiplied by it on the way, and S divided by it.
         """
+        (matrix,) = self.matrices(forward, lambda output: [objective(output)], samples, scale)
+        return matrix
+
+    def matrices(
+        self,
+        forward: Callable[[], Any],
+        objectives: Callable[[Any], Sequence[torch.Tensor]],
+        samples: int,
+        scale: float = 1.0,
+        watch: Watch | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """The score matrices (samples, U) of one batch for several objectives.
+
+        The model runs now, once; each backward pass runs when its matrix is asked for.
+
+        Args:
+            forward, samples, scale: as of `run`.
+            objectives: of the output: any number of 0-d tensors, each summed over samples. With none
+                of them the model just runs.
+            watch: makes a mode that sees the calls of the forward pass. It is made anew when the pass
+                is begun again.
+
+        Raises:
+            PlanMismatchError: raised by the mode that `watch` made.
+        """
         if self.plan is not None:
             try:
-                return self._run(forward, objective, samples, scale, self.plan)
+                return self._forward(forward, objectives, samples, scale, watch, self.plan)
             except PlanMismatchError as mismatch:
                 log.debug("the call tier runs from here on: %s", mismatch)
                 self.plan = None
-        return self._run(forward, objective, samples, scale, None)
+        return self._forward(forward, objectives, samples, scale, watch, None)
 
-    def _run(
+    def _forward(
         self,
         forward: Callable[[], Any],
-        objective: Callable[[Any], torch.Tensor],
+        objectives: Callable[[Any], Sequence[torch.Tensor]],
         samples: int,
         scale: float,
+        watch: Watch | None,
         plan: Plan | None,
-    ) -> torch.Tensor:
+    ) -> Iterator[torch.Tensor]:
         matrix = ScoreMatrix(len(self.units), samples, device=self.device, absolute=self.absolute)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         mode: TapMode | PlanMode
@@ -111,16 +146,31 @@ class Runner:
                 guided=self.guided,
                 buffers=self.buffers,
             )
-        with mode:
+        held = mode.held if isinstance(mode, PlanMode) else _as_it_is
+        watching = nullcontext() if watch is None else watch(held)
+        with mode, watching:
             output = forward()
-        total = objective(output)
-        del output
-        if plan is None:
-            with mode:  # a checkpointed part of the model runs again during the backward pass
-                torch.autograd.grad(total * scale, anchor, allow_unused=True)
-        else:
-            torch.autograd.grad(total * scale, anchor, allow_unused=True)
-        return matrix.values.div_(scale)
+        totals = [total * scale for total in objectives(output)]
+        # A checkpointed part of the model runs again during the backward pass.
+        return _backward(totals, anchor, matrix, scale, mode if plan is None else nullcontext())
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _backward(
+    totals: list[torch.Tensor],
+    anchor: torch.Tensor,
+    matrix: ScoreMatrix,
+    scale: float,
+    mode: AbstractContextManager[Any],
+) -> Iterator[torch.Tensor]:
+    while totals:
+        total = totals.pop(0)
+        with mode:
+            _grad(total, anchor, allow_unused=True, retain_graph=bool(totals))
+        yield matrix.take().div_(scale)
 
 
 def _state(model: nn.Module) -> list[tuple[torch.Tensor, str]]:

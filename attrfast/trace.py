@@ -49,6 +49,7 @@ class Call:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     overwrites: int | None = None  # the value whose memory this call changed
+    state: tuple[str, ...] = ()  # the parameters and buffers that it is given, in order
 
 
 def argument(call: Call, position: int, keyword: str, default: Any = None) -> Any:
@@ -123,11 +124,13 @@ _OPERATORS = {
 def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
     """For a function that hides linear calls from modes, a copy of it that shows them; None otherwise.
 
-    A mode sees a Python function of torch as one call, and is off while that function runs. The copy has
-    the same code and does not ask for modes itself.
+    A mode sees a Python function of torch as one call, and is off while that function runs.
     """
-    if func is not nn.functional.multi_head_attention_forward:
-        return None
+    return shown(func) if func is nn.functional.multi_head_attention_forward else None
+
+
+def shown(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a Python function of torch that is no call for modes, so that they see into it."""
     scope = dict(func.__globals__)
     scope["has_torch_function"] = lambda _: False
     copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__)
@@ -193,6 +196,10 @@ class Numbering:
         """Numbers of the values that a call is given, in order."""
         return tuple(self.number(t) for t in tensors_in(trees) if not self.is_state(t))
 
+    def state(self, *trees: Any) -> tuple[str, ...]:
+        """Names of the parameters and buffers that a call is given, in order."""
+        return tuple(self.names[id(t)] for t in tensors_in(trees) if self.is_state(t))
+
     def made(self, out: Any, target: Any) -> list[torch.Tensor]:
         """The tensors that a call made: its results, and what it wrote into."""
         made = list(tensors_in(out))
@@ -247,7 +254,7 @@ class _Recorder(TorchFunctionMode):
         if is_silent(name):
             return func(*args, **kwargs)
         numbering, trace = self.numbering, self.trace
-        inputs = numbering.inputs(args, kwargs)
+        inputs, state = numbering.inputs(args, kwargs), numbering.state(args, kwargs)
         for tensor in tensors_in((args, kwargs)):
             trace.note(tensor, numbering)
         coded_args, coded_kwargs = self.encode(tuple(args)), self.encode(kwargs)
@@ -271,6 +278,7 @@ class _Recorder(TorchFunctionMode):
                 inputs=inputs,
                 outputs=outputs,
                 overwrites=overwritten,
+                state=state,
             )
         )
         return out

@@ -127,10 +127,10 @@ def attrfast(model: nn.Module, batches: Batches, *, amp_dtype: torch.dtype | Non
 
 def call_tier(model: nn.Module, batches: Batches, *, amp_dtype: torch.dtype | None = None) -> Scores:
     """attrfast without its fused stages: what runs where a model can't be planned."""
-    from attrfast import engine, tiers
+    from attrfast import passes, tiers
 
     plain = functools.partial(tiers.Runner, fused=False)
-    with mock.patch.object(engine, "Runner", plain):
+    with mock.patch.object(passes, "Runner", plain):
         return attrfast(model, batches, amp_dtype=amp_dtype)
 
 

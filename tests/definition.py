@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -55,15 +56,19 @@ class _GuidedReLU(torch.autograd.Function):
         return torch.where(inside & (grads[0] > 0), grads[0], 0), None
 
 
+def guided_relus() -> contextlib.AbstractContextManager[None]:
+    return replaced_relus(_GuidedReLU.apply)
+
+
 @contextlib.contextmanager
-def guided_relus() -> Iterator[None]:
-    """Every spelling of ReLU, and ReLU6, replaced by one with guided gradients; none works in place."""
+def replaced_relus(function: Callable[[torch.Tensor, float], torch.Tensor]) -> Iterator[None]:
+    """Every spelling of ReLU, and ReLU6, calls `function(x, ceiling)`; none works in place."""
 
     def relu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
-        return _GuidedReLU.apply(x, float("inf"))
+        return function(x, float("inf"))
 
     def relu6(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
-        return _GuidedReLU.apply(x, 6.0)
+        return function(x, 6.0)
 
     with pytest.MonkeyPatch.context() as patch:
         for place, name in (
@@ -123,6 +128,79 @@ def score_matrix(
             index = torch.where(row < 0, len(units), row)
             total.index_add_(1, index, grad.reshape(gate.shape[0], len(row)))
     return total[:, :-1]
+
+
+def map_means(
+    model: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    units: Units,
+    relus: Sequence[str | None],
+    statistic: Callable[[np.ndarray[Any, Any]], float],
+) -> torch.Tensor:
+    """(N, U) in float64: a statistic of single feature maps, averaged over the maps of each unit.
+
+    Args:
+        relus: for every call of a ReLU, in order, the convolution whose filters its output's channels
+            belong to; None where they belong to no convolution. Units that none of them names are
+            measured at the inputs of their readers.
+        statistic: of one map, an array with as many dimensions as there are positions.
+    """
+    model = copy.deepcopy(model).double().eval()
+    outputs: list[torch.Tensor] = []
+    read: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def relu(x: torch.Tensor, ceiling: float) -> torch.Tensor:
+        outputs.append(x.clamp(0, ceiling))
+        return outputs[-1]
+
+    for name, row in units.inputs.items():
+        module = model.get_submodule(name)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], row: torch.Tensor = row) -> None:
+            dim = -1 if isinstance(module, nn.Linear) else 1
+            read.append((args[0].movedim(dim, 1), row))
+
+        module.register_forward_pre_hook(hook)
+    with torch.no_grad(), replaced_relus(relu):
+        model(*(x.double() for x in inputs))
+    assert len(outputs) == len(relus)
+    made = [(x, units.filters[name]) for x, name in zip(outputs, relus, strict=True) if name is not None]
+    samples = len(inputs[0])
+    total = torch.zeros(samples, len(units), dtype=torch.float64)
+    count = torch.zeros(len(units), dtype=torch.float64)
+    for places in (made, read):
+        done = count > 0
+        for x, row in places:
+            for channel, unit in enumerate(row.tolist()):
+                if unit >= 0 and not done[unit]:
+                    count[unit] += 1
+                    for n in range(samples):
+                        total[n, unit] += statistic(x[n, channel].numpy())
+    return total / count.clamp(min=1)
+
+
+def gated_logits(
+    model: nn.Module, inputs: Sequence[torch.Tensor], units: Units
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Logits (N, K) in float64 as a function of the units' gates (U,), which are one in the model."""
+    model = copy.deepcopy(model).double().eval().requires_grad_(False)
+    gates = [torch.ones(0)]
+    for name, row in units.inputs.items():
+        module = model.get_submodule(name)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], row: torch.Tensor = row) -> Any:
+            each = torch.where(row >= 0, gates[0][row.clamp(min=0)], 1.0)
+            positions = 0 if isinstance(module, nn.Linear) else args[0].dim() - 2
+            return (args[0] * each.view(-1, *[1] * positions), *args[1:])
+
+        module.register_forward_pre_hook(hook)
+
+    def logits(gate: torch.Tensor) -> torch.Tensor:
+        gates[0] = gate
+        output = model(*(x.double() for x in inputs))
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    return logits
 
 
 def importance(

@@ -24,7 +24,7 @@ from attrfast import _backend, ops, reference
 from attrfast.batches import unpack
 from attrfast.channels import discover
 from attrfast.criteria import REDUCTIONS, get_criterion
-from attrfast.engine import Pass
+from attrfast.passes import Pass
 from attrfast.tiers import Runner
 
 pytestmark = [
@@ -214,7 +214,9 @@ def loader_for(images: Tensor, classes: int = 10, batches: int = 2) -> list[tupl
     return [(images + i, labels) for i in range(batches)]
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "taylor_guided", "attribution", "taylor_fo"])
+@pytest.mark.parametrize(
+    "criterion", ["taylor", "taylor_guided", "attribution", "taylor_fo", "apoz", "obd"]
+)
 @pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "resnet50", "mobilenet_v2", "densenet121"])
 def test_scores_are_those_of_the_cpu(name: str, criterion: str) -> None:
     model, images = family(name).double(), images_for(name, 2).double()
@@ -252,9 +254,10 @@ def a_pass(model: nn.Module, images: Tensor, criterion: str, fused: bool) -> Pas
     rule = get_criterion(criterion)
     found = discover(model, (images[:2],))
     how = REDUCTIONS[rule.reduction]
-    running = Pass(model, found, rule, how, device=GPU)
+    running = Pass(model, found, [(rule, how)], device=GPU)
     if not fused:
-        running.runner = Runner(model, found, guided=rule.guided, absolute=how.absolute, fused=False)
+        (run,) = running.runs
+        run.runner = Runner(model, found, guided=rule.guided, absolute=how.absolute, fused=False)
     return running
 
 
@@ -271,7 +274,7 @@ def test_nothing_in_a_batch_waits_for_the_gpu(name: str, criterion: str, fused: 
         running.add(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert bool((running.importance() >= 0).all())
+    assert bool((running.results()[0][0] >= 0).all())
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -289,14 +292,14 @@ def test_a_whole_pass_can_be_captured_in_a_graph(fused: bool) -> None:
     with torch.cuda.graph(graph):
         running.add(unpack((images, labels), GPU))
     others = [images.flip(0), images * 0.5]
-    running.total.zero_()
+    running.tallies[0].total.zero_()
     for other in others:
         images.copy_(other.clone())
         graph.replay()
     eager = a_pass(model, images, "taylor", fused)
     for other in others:
         eager.add(unpack((other, labels), GPU))
-    torch.testing.assert_close(running.total, eager.total, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(running.tallies[0].total, eager.tallies[0].total, rtol=1e-4, atol=1e-7)
 
 
 def test_a_pass_takes_less_memory_than_training() -> None:

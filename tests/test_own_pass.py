@@ -91,3 +91,27 @@ def test_the_users_loss_is_measured(batch: tuple[torch.Tensor, torch.Tensor]) ->
     attrfast.attribute(model, [batch], rule, loss_fn=lambda output, _: output[:, 0], progress=False)
     assert rule.seen is not None
     assert rule.seen.total == pytest.approx(float(model(batch[0])[:, 0].detach().sum()))
+
+
+def test_it_goes_together_with_other_criteria(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Functional().double()
+    names = ["taylor", "causal_map", "l1", "iba", "apoz"]
+    together = attrfast.attribute(model, [batch], names, progress=False)
+    for name in names:
+        alone = attrfast.attribute(model, [batch], name, progress=False)
+        assert torch.equal(together[name].raw, alone.raw), name
+        assert (together[name].samples, together[name].reduction) == (alone.samples, alone.reduction)
+
+
+def test_some_classes_may_be_scored_but_not_all_at_once(
+    batch: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    torch.manual_seed(0)
+    model = Functional().double()
+    chosen = (batch[1] == 1) | (batch[1] == 4)
+    some = attrfast.attribute(model, [batch], "causal_map", classes=[1, 4], progress=False)
+    part = (batch[0][chosen], batch[1][chosen])
+    assert torch.equal(some.raw, attrfast.attribute(model, [part], "causal_map", progress=False).raw)
+    with pytest.raises(attrfast.InputError, match="classes apart"):
+        attrfast.attribute(model, [batch], "causal_map", by_class=True, progress=False)

@@ -40,13 +40,13 @@ class StopError(Exception):
     """Ends a run where a test wants it to end."""
 
 
-def cut_off(folder: Path, after: int) -> None:
+def cut_off(folder: Path, after: int, **options: Any) -> None:
     def callback(row: attrfast.Step, _: nn.Module) -> None:
         if row.step == after:
             raise StopError
 
     with pytest.raises(attrfast.AttrfastError):
-        prune(folder, callback=callback)
+        prune(folder, callback=callback, **options)
 
 
 def assert_same(a: attrfast.PruneResult, b: attrfast.PruneResult) -> None:
@@ -63,6 +63,13 @@ def test_a_run_that_was_cut_off_ends_in_the_same_model(tmp_path: Path, after: in
     whole = prune(tmp_path / "whole")
     cut_off(tmp_path / "cut", after)
     assert_same(whole, prune(tmp_path / "cut", resume=True))
+
+
+def test_a_run_by_classes_that_was_cut_off_ends_in_the_same_model(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"classes": [0, 1, 3], "balance": "worst_class"}
+    whole = prune(tmp_path / "whole", **options)
+    cut_off(tmp_path / "cut", 1, **options)
+    assert_same(whole, prune(tmp_path / "cut", resume=True, **{**options, "classes": (3, 1, 0)}))
 
 
 def test_resuming_a_finished_run_gives_its_result(tmp_path: Path) -> None:
@@ -107,7 +114,11 @@ def test_the_process_may_be_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"seed": 1}, {"keep_ratio": 0.4}, {"criterion": "taylor"}, {"finetune": 2}]
+    "options",
+    [
+        *({"seed": 1}, {"keep_ratio": 0.4}, {"criterion": "taylor"}, {"finetune": 2}),
+        *({"classes": [0, 1]}, {"balance": "worst_class"}),
+    ],
 )
 def test_a_run_with_other_settings_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     cut_off(tmp_path, 1)

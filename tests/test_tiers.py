@@ -15,7 +15,7 @@ from attrfast import fused as tier
 from attrfast import ops
 from attrfast.batches import main_output
 from attrfast.channels import Discovery, discover
-from attrfast.fused import PlanMismatchError
+from attrfast.following import PlanMismatchError
 from attrfast.graph import Plan
 from attrfast.plain import ReferenceBackend
 from attrfast.tiers import Runner
@@ -122,6 +122,33 @@ def test_other_calls_than_the_recorded_ones_are_met_by_the_call_tier() -> None:
         ]
         assert_same(*results)
         assert (runner.plan is not None) == still_fast
+
+
+class _Alternating(nn.Module):
+    """Which of two layers of one shape runs depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = (nn.Conv2d(i, 4, 3) for i in (3, 4, 4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = self.a if float(x.sum()) > 0 else self.b
+        x = torch.relu(chosen(torch.relu(self.first(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_another_layer_in_the_place_of_the_recorded_one_is_told_from_it() -> None:
+    torch.manual_seed(0)
+    model = _Alternating().double()
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    found = discover(model, (images,))
+    runner, plain = (
+        Runner(model, found, guided=False, absolute=False, fused=fused) for fused in (True, False)
+    )
+    assert runner.plan is not None
+    results = [r.run(lambda: model(-images), lambda out: out[:, 0].sum(), 2) for r in (runner, plain)]
+    assert_same(*results)
 
 
 @pytest.mark.parametrize(
@@ -239,5 +266,5 @@ def test_a_mismatch_names_the_call() -> None:
     other = -once
     runner = Runner(model, discover(model, (once,)), guided=False, absolute=False)
     assert runner.plan is not None
-    with pytest.raises(PlanMismatchError, match=r"call \d+ is add"):
-        runner._run(lambda: model(other), lambda out: out.sum(), 2, 1.0, runner.plan)
+    with pytest.raises(PlanMismatchError, match=r"call \d+ is conv2d.* of .*block.weight"):
+        runner._forward(lambda: model(other), lambda out: [out.sum()], 2, 1.0, None, runner.plan)

@@ -775,3 +775,11 @@ def test_a_model_that_may_not_be_trained_is_refused() -> None:
 def test_options_out_of_range_are_named(criterion: Any, options: dict[str, Any], named: str) -> None:
     with pytest.raises(attrfast.InputError, match=f"^{named} must"):
         criterion(**options)
+
+
+@pytest.mark.parametrize("options", [{"classes": [0, 1]}, {"balance": "worst_class"}], ids=str)
+def test_a_criterion_that_trains_knows_no_classes(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    loader = [(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))]
+    with pytest.raises(attrfast.InputError, match=r"'sss' is not measured on samples, so it knows no classes"):
+        attrfast.prune(Plain(), loader, criterion="sss", keep_ratio=0.5, **options)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attrfast.batches import unpack
 from attrfast.channels import discover
 from attrfast.criteria import REDUCTIONS, get_criterion
-from attrfast.engine import Pass
+from attrfast.passes import Pass
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -53,7 +53,9 @@ def reads_of_a_batch(
 ) -> list[str]:
     rule = get_criterion(criterion)
     found = discover(model, tuple(x[:2] for x in inputs))
-    running = Pass(model, found, rule, REDUCTIONS[reduction or rule.reduction], device=CPU)
+    running = Pass(
+        model, found, [(rule, REDUCTIONS[reduction or rule.reduction])], device=CPU, by_class=True
+    )
     running.watchful = watchful
     batch = unpack((inputs, torch.arange(len(inputs[0])) % 2), CPU)
     running.add(batch)  # what is found out once may be
@@ -65,7 +67,14 @@ def reads_of_a_batch(
 
 @pytest.mark.parametrize(
     ("criterion", "reduction"),
-    [("taylor", None), ("taylor_guided", None), ("attribution", None), ("taylor", "abs_element")],
+    [
+        ("taylor", None),
+        ("taylor_guided", None),
+        ("attribution", None),
+        ("taylor", "abs_element"),
+        ("apoz", None),
+        ("obd", None),
+    ],
 )
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "data dependent"])
 def test_a_batch_of_a_small_network(name: str, criterion: str, reduction: str | None) -> None:

@@ -1,17 +1,20 @@
 """Criteria: from S, from feature maps, from the weights or from training to one importance a unit."""
 
+from attrfast.criteria.activation import ActivationCriterion, APoZ, HRank
 from attrfast.criteria.base import (
     Criterion,
     OwnPass,
     criterion_names,
     get_criterion,
     register_criterion,
+    same_objective,
 )
 from attrfast.criteria.batch_norm import BNScale
 from attrfast.criteria.causal_map import CausalMap
+from attrfast.criteria.curvature import OBD
 from attrfast.criteria.gradient import Attribution, Taylor, TaylorFO, TaylorGuided
 from attrfast.criteria.iba import InformationBottleneck
-from attrfast.criteria.reductions import REDUCTIONS, Reduction
+from attrfast.criteria.reductions import MEAN, REDUCTIONS, Reduction
 from attrfast.criteria.soft import Soft
 from attrfast.criteria.sss import SSS
 from attrfast.criteria.trained import Learnt, Phase, TrainedCriterion, Trainee
@@ -22,12 +25,17 @@ __all__ = [
     "FPGM",
     "L1",
     "L2",
+    "MEAN",
+    "OBD",
     "REDUCTIONS",
     "SSS",
+    "APoZ",
+    "ActivationCriterion",
     "Attribution",
     "BNScale",
     "CausalMap",
     "Criterion",
+    "HRank",
     "InformationBottleneck",
     "Learnt",
     "OwnPass",
@@ -45,4 +53,5 @@ __all__ = [
     "criterion_names",
     "get_criterion",
     "register_criterion",
+    "same_objective",
 ]

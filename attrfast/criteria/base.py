@@ -6,7 +6,8 @@ A criterion must not know how S is measured, nor what is done with the importanc
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -54,6 +55,7 @@ class Criterion:
         needs_data: whether a pass over the data is made.
         guided: whether gradients pass a ReLU only where they are positive (Springenberg et al. 2014).
         reduction: name of the default reduction, see `attrfast.criteria.reductions`.
+        own_reduction: whether its formula holds with that reduction alone.
         uses_loss: whether a user's `loss_fn` takes the place of `objective`.
         trains: whether `prune` trains the model by this criterion before every ranking, see
             `attrfast.criteria.trained`.
@@ -63,6 +65,7 @@ class Criterion:
     needs_data: ClassVar[bool] = True
     guided: ClassVar[bool] = False
     reduction: ClassVar[str] = "abs_sample"
+    own_reduction: ClassVar[bool] = False
     uses_loss: ClassVar[bool] = False
     loss_sign: ClassVar[float] = 1.0
     trains: bool = False
@@ -101,9 +104,42 @@ class Criterion:
         """
         return None
 
+    def objectives(
+        self, logits: torch.Tensor, labels: torch.Tensor, first: int
+    ) -> Iterable[torch.Tensor]:
+        """Several J of every sample, for a criterion that needs more than one.
+
+        Each takes a backward pass of its own through the same forward pass; what the reduction makes of
+        their S is added up.
+
+        Args:
+            logits, labels: as of `objective`.
+            first: number of the batch's first sample in the whole pass. A criterion that draws random
+                numbers for a sample draws them by this, so that splitting a batch changes nothing.
+
+        Returns:
+            any number of (N,), as of `objective`.
+        """
+        return (self.objective(logits, labels),)
+
     def from_weights(self, model: nn.Module, units: Units, seed: int) -> torch.Tensor:
         """Importance (U,) float64 of every unit from the model alone; read when `needs_data` is False."""
         raise NotImplementedError(f"the criterion {self.name!r} reads no weights")
+
+
+def same_objective(a: Criterion, b: Criterion) -> bool:
+    """Whether two criteria differ in their reduction alone, and can share S."""
+    left, right = _traits(a), _traits(b)
+    return left.keys() == right.keys() and all(left[key] is right[key] for key in left)
+
+
+def _traits(criterion: Criterion) -> dict[str, object]:
+    """All that a criterion is made of, except its name and what is done with S."""
+    return {
+        key: inspect.getattr_static(criterion, key)
+        for key in dir(criterion)
+        if not key.startswith("__") and key not in ("name", "reduction", "own_reduction")
+    }
 
 
 _REGISTRY: dict[str, type[Criterion]] = {}

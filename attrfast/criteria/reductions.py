@@ -17,32 +17,37 @@ class Reduction:
 
     Attributes:
         name: as given to `attribute(reduction=...)`.
-        partial: S (n, U) of some samples -> (U,), to be added up over all samples.
-        finish: the total (U,) and the number of samples -> importance (U,).
+        each: S (n, U) of some samples -> (n, U), to be added up over all samples.
+        finish: the total (U,) and the number of samples -> importance (U,); or several totals (K, U) and
+            the numbers of their samples (K, 1).
         absolute: take abs(x * g) at every position before summing. Such sums are not conserved from
             one tensor to the next, so they are taken at the readers' inputs alone.
     """
 
     name: str
-    partial: Callable[[torch.Tensor], torch.Tensor]
-    finish: Callable[[torch.Tensor, int], torch.Tensor]
+    each: Callable[[torch.Tensor], torch.Tensor]
+    finish: Callable[[torch.Tensor, int | torch.Tensor], torch.Tensor]
     absolute: bool = False
 
 
-def _mean(total: torch.Tensor, samples: int) -> torch.Tensor:
+def _mean(total: torch.Tensor, samples: int | torch.Tensor) -> torch.Tensor:
     return total / samples
+
+
+# Of criteria that have no S: what they measure of a sample is averaged.
+MEAN = Reduction("mean", lambda s: s, _mean)
 
 
 REDUCTIONS: dict[str, Reduction] = {
     r.name: r
     for r in (
         # mean_n abs(sum_p a g): Molchanov et al. 2016, Pruning Convolutional Neural Networks, eq. 8.
-        Reduction("abs_sample", lambda s: s.abs().sum(0), _mean),
+        Reduction("abs_sample", torch.abs, _mean),
         # mean_n (sum_p a g)^2: Molchanov et al. 2019, Importance Estimation, eq. 8.
-        Reduction("sq_sample", lambda s: s.square().sum(0), _mean),
+        Reduction("sq_sample", torch.square, _mean),
         # abs(sum_n sum_p a g): widely copied scripts; equals abs(<W, dJ/dW> + b dJ/db) of the layer.
-        Reduction("signed_batch", lambda s: s.sum(0), lambda total, _: total.abs()),
+        Reduction("signed_batch", lambda s: s, lambda total, _: total.abs()),
         # mean_n sum_p abs(a g): some of the 2019 authors' code.
-        Reduction("abs_element", lambda s: s.sum(0), _mean, absolute=True),
+        Reduction("abs_element", lambda s: s, _mean, absolute=True),
     )
 }

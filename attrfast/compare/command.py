@@ -1,0 +1,211 @@
+"""`attrfast compare`: reads arguments, prints the tables and where everything was written.
+
+Exit status: 0, every cell is there; 1, the arguments or the data are not usable; 2, the command line is
+not; 3, some cells failed (the tables show the rest, and the failures by name); 130, stopped by Ctrl-C
+(the same command goes on).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+FAILED, INTERRUPTED = 3, 130
+_Item = TypeVar("_Item")
+
+
+def _list(text: str, kind: Callable[[str], _Item], option: str, wants: str) -> list[_Item]:
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: {wants}", param_hint=option) from None
+
+
+def compare(
+    networks: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Networks of attrfast.models (`vgg_small`, `resnet20:0.5` at half its width) or "
+            "`torchvision:resnet18`, `torchvision:resnet18:pretrained`.",
+            show_default="vgg_small",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="`digits[:PIXELS]`, `fashion-mnist[:DIR]`, `cifar10:DIR` or `flowers102:DIR`.",
+            show_default="digits",
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Criteria, `tp_magnitude`, `tp_group_taylor`, `scratch` or `scratch:METHOD`, with commas.",
+            show_default="attribution,taylor_guided,taylor,l1",
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Shares of the multiply-adds left, with commas.", show_default="0.4,0.15"),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
+    epochs: Annotated[
+        int | None, typer.Option(min=0, help="Of training before pruning.", show_default="5")
+    ] = None,
+    finetune: Annotated[
+        int | None, typer.Option(min=0, help="Epochs after every step.", show_default="1")
+    ] = None,
+    final_finetune: Annotated[int, typer.Option(min=0, help="Epochs after the last step.")] = 0,
+    step: Annotated[
+        int | None,
+        typer.Option(min=1, help="Filters removed in a step.", show_default="a sixteenth of all"),
+    ] = None,
+    score_batches: Annotated[
+        int | None, typer.Option(min=1, help="Batches scored in a step.", show_default="all")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many images only.", show_default="all")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda where there is one")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each process.", show_default="shared out")
+    ] = None,
+    loader_workers: Annotated[
+        int, typer.Option(min=0, help="Processes that decode photographs, for each worker.")
+    ] = 2,
+    out: Annotated[Path, typer.Option(help="Folder of the cells, tables and pictures.")] = Path(
+        "comparison"
+    ),
+    resume: Annotated[bool, typer.Option(help="Keep the cells that are there.")] = True,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A published setting, see --list-recipes; needs --data. Options override it."),
+    ] = None,
+    list_recipes: Annotated[
+        bool, typer.Option("--list-recipes", help="Print the recipes and what they cost.")
+    ] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
+) -> None:
+    """Compare methods: networks x methods x budgets x seeds on one data set, on the same footing.
+
+    Every finished cell is a file in --out; the same command goes on where an earlier one stopped.
+    """
+    from attrfast.compare.recipes import RECIPES
+
+    if list_recipes:
+        for known in RECIPES.values():
+            typer.echo(f"{known.name}: {known.about}\n    --data {known.data}:DIR\n    {known.cost()}")
+        return
+    chosen_budgets = _list(budgets, float, "--budgets", "numbers with commas") if budgets else None
+    chosen_seeds = _list(seeds, int, "--seeds", "whole numbers with commas")
+    chosen_methods = _list(methods, str, "--methods", "names with commas") if methods else None
+    try:
+        failures = _run(
+            networks,
+            data=data,
+            methods=chosen_methods,
+            budgets=chosen_budgets,
+            seeds=chosen_seeds,
+            epochs=epochs,
+            finetune=finetune,
+            final_finetune=final_finetune,
+            step=step,
+            score_batches=score_batches,
+            images=images,
+            device=device,
+            workers=workers,
+            threads=threads,
+            loader_workers=loader_workers,
+            out=out,
+            resume=resume,
+            recipe=recipe,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        typer.echo("attrfast: stopped; the same command goes on with what is left", err=True)
+        sys.exit(INTERRUPTED)
+    if failures:
+        typer.echo(f"attrfast: {failures} cells or starts failed; see Failed above", err=True)
+        sys.exit(FAILED)
+
+
+def _run(
+    networks: list[str] | None,
+    *,
+    data: str | None,
+    methods: list[str] | None,
+    budgets: list[float] | None,
+    seeds: list[int],
+    epochs: int | None,
+    finetune: int | None,
+    final_finetune: int,
+    step: int | None,
+    score_batches: int | None,
+    images: int | None,
+    device: str | None,
+    workers: int,
+    threads: int | None,
+    loader_workers: int,
+    out: Path,
+    resume: bool,
+    recipe: str | None,
+    progress: bool,
+) -> int:
+    """Compares and prints; returns how much failed."""
+    import torch
+
+    from attrfast.compare import names, recipes, run
+    from attrfast.compare.published import published
+    from attrfast.errors import InputError
+    from attrfast.finetune import FineTune
+
+    setting = None if recipe is None else recipes.recipe(recipe)
+    if setting is not None and (data is None or data.partition(":")[0] != setting.data):
+        raise InputError(f"the recipe {recipe} needs --data {setting.data}:DIR, got {data!r}")
+    train = run.TRAIN if setting is None else setting.train
+    tuning = FineTune() if setting is None else setting.finetune
+    if finetune is not None:
+        tuning = replace(tuning, epochs=finetune)
+    opener = names.NamedData(data or "digits", images, loader_workers)
+    splits = opener(seeds[0] if seeds else 0)
+    wanted = networks or ([setting.network] if setting else ["vgg_small"])
+    loads = {name: names.pretrained(name) for name in wanted}
+    notes = [f"Data: {opener.name}, {splits.num_classes} classes, images {splits.image_shape}."]
+    if images is not None:
+        notes.append(f"Trained, scored and fine-tuned on {images} training images only.")
+    if setting is not None:
+        notes.append(f"Recipe {setting.name}: {setting.about}. {setting.cost()}.")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    comparison = run.compare(
+        {name: names.network(name, splits) for name in wanted},
+        opener,
+        methods=methods or (setting.methods if setting else run.METHODS),
+        budgets=budgets or (setting.budgets if setting else run.BUDGETS),
+        seeds=seeds,
+        train=train if epochs is None else replace(train, epochs=epochs),
+        pretrained={name: load for name, load in loads.items() if load is not None},
+        finetune=tuning,
+        final_finetune=replace(tuning, epochs=final_finetune) if final_finetune else None,
+        filters_per_step=step,
+        max_batches=score_batches,
+        device=place,
+        workers=workers,
+        threads=threads,
+        out=out,
+        resume=resume,
+        progress=progress,
+        published=None if setting is None else published(setting.name),
+        notes=notes,
+    )
+    files = comparison.save()
+    typer.echo(comparison.summary())
+    typer.echo("\n".join(str(path) for path in files))
+    return len(comparison.failures)

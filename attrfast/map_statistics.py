@@ -1,0 +1,179 @@
+"""Feature maps of units: where they are, and a mode that measures them while the model runs.
+
+The maps of a unit are its channels in the outputs of ReLUs, one for every call and channel. A unit that no
+ReLU follows has its maps where its readers read them. Places belong to calls of a recorded pass, so modules
+that are called several times, functional calls and calls in place are all met. Must not know what is
+computed from a map, beyond that it is one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from attrfast.flow import Analysis
+from attrfast.following import Follower
+from attrfast.labels import NONE
+from attrfast.matrix import Columns, ScoreMatrix
+from attrfast.stages import call_ceiling
+from attrfast.trace import CONVOLUTIONS, Call, Param, Trace, argument, call_name, is_silent, opened
+from attrfast.units import Units, reader_weights
+
+# Maps (N, C, positions...) -> one number a map, (N, C) floating.
+Statistic = Callable[[torch.Tensor], torch.Tensor]
+ChannelsOf = dict[int, tuple[int, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Maps that one call makes or reads: the dimension that holds channels, and their units."""
+
+    dim: int
+    columns: Columns
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the maps of all units are.
+
+    Attributes:
+        calls: the recorded calls.
+        made: index of a ReLU's call -> place of its output.
+        read: index of a reader's call -> place of its input.
+        count: (U,) float64, how many maps each unit has; 1 for a unit with none.
+    """
+
+    calls: list[Call]
+    made: dict[int, Place]
+    read: dict[int, Place]
+    count: torch.Tensor
+
+
+def find_places(
+    model: nn.Module, units: Units, record: Trace, channels: ChannelsOf, device: torch.device
+) -> Places:
+    """The places in a recorded pass.
+
+    Args:
+        channels: value -> (dimension, unit of each channel), as of `attrfast.channels.Discovery`.
+        device: where the model runs.
+    """
+    many = len(units)
+    count = torch.zeros(many + 1, dtype=torch.float64)  # the last one: channels of no unit
+
+    def place(value: int, wanted: torch.Tensor) -> Place | None:
+        dim, row = channels.get(value, (0, torch.empty(0, dtype=torch.int64)))
+        row = torch.where((row >= 0) & wanted[row], row, NONE)
+        if not bool((row >= 0).any()):
+            return None
+        count.index_add_(0, torch.where(row < 0, many, row), torch.ones(len(row), dtype=count.dtype))
+        return Place(dim, Columns(row, many, device))
+
+    def places(
+        calls: Sequence[Call], value: Callable[[Call], int], wanted: torch.Tensor
+    ) -> dict[int, Place]:
+        found = {call.index: place(value(call), wanted) for call in calls}
+        return {index: where for index, where in found.items() if where is not None}
+
+    relus = [c for c in record.calls if len(c.outputs) == 1 and call_ceiling(c) is not None]
+    made = places(relus, lambda call: call.outputs[0], torch.ones(many + 1, dtype=torch.bool))
+    weights = reader_weights(model, units)
+    readers = [c for c in record.calls if c.inputs and _weight(c) in weights]
+    read = places(readers, lambda call: call.inputs[0], count == 0)
+    return Places(record.calls, made, read, count[:-1].clamp(min=1).to(device))
+
+
+def _weight(call: Call) -> str | None:
+    """Name of the weight that a convolution or linear call uses."""
+    if call.name not in CONVOLUTIONS and call.name != "linear":
+        return None
+    weight = argument(call, 1, "weight")
+    return weight.name if isinstance(weight, Param) else None
+
+
+def channels_in(model: nn.Module, units: Units, record: Trace) -> ChannelsOf:
+    """Where known units lie in another pass of their model: one that went another way."""
+    analysis = Analysis(model)
+    analysis.run(record)
+    unit_of = [
+        int(units.outputs[name][index]) if name in units.outputs else NONE
+        for name, index in analysis.labels.producers
+    ]
+    row_of = torch.tensor([*unit_of, NONE], dtype=torch.int64)  # the last one: the label NONE
+    return {value: (place.dim, row_of[list(place.labels)]) for value, place in analysis.channels.items()}
+
+
+class MapMode(TorchFunctionMode):
+    """Measures maps during a forward pass, each while it is at hand. Other modes may run below.
+
+    Args:
+        model: whose calls are followed.
+        places: where its maps are.
+        statistics: what is measured of each map.
+        samples: N.
+        held: of a tensor that the mode below returned: with the values that it stands for.
+
+    Raises:
+        PlanMismatchError: within the pass, when the model makes another call than the recorded one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        places: Places,
+        statistics: Sequence[Statistic],
+        samples: int,
+        held: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.places, self.statistics, self.samples, self.held = places, statistics, samples, held
+        self.follower = Follower(model, places.calls)
+        device = places.count.device
+        self.sums = [ScoreMatrix(len(places.count), samples, device=device) for _ in statistics]
+
+    def means(self) -> list[torch.Tensor]:
+        """(N, U) for each statistic: its mean over the maps of each unit."""
+        return [matrix.values / self.places.count for matrix in self.sums]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        kinds: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        inner = opened(func)
+        if inner is not None:
+            with self:
+                return inner(*args, **kwargs)
+        name = call_name(func)
+        if is_silent(name):
+            return func(*args, **kwargs)
+        call = self.follower.meet(name, args, kwargs)
+        if call.index in self.places.read:
+            self._measure(args[0] if args else kwargs["input"], self.places.read[call.index])
+        out = func(*args, **kwargs)
+        made = self.follower.leave(call, out, args, kwargs)
+        if call.index in self.places.made:
+            self._measure(made[0], self.places.made[call.index])
+        return out
+
+    def _measure(self, x: torch.Tensor, place: Place) -> None:
+        # What is computed here is no call of the model's, for the modes below.
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            x = self.held(x).detach()
+            maps = x.unsqueeze(0) if place.dim == 0 else x.movedim(place.dim, 1)
+            positions, wide = tuple(range(2, maps.dim())), torch.promote_types(x.dtype, torch.float32)
+            total = maps.sum(positions, dtype=wide) if positions else maps
+            for statistic, matrix in zip(self.statistics, self.sums, strict=True):
+                # Plus zero, or NaN where a map is not finite: comparing and counting would hide it.
+                values = statistic(maps) + 0.0 * total
+                if values.shape[0] != self.samples == 1:  # parts of one sample are maps of their own
+                    values = values.mean(0, keepdim=True)
+                matrix.add_sums(place.columns, values)
