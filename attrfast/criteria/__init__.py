@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Criteria: from the score matrix S, feature maps, the weights, or training, to one importance a unit."""
+=======
+"""Criteria: from the score matrix S, feature maps, weights or training to one importance a unit."""
+>>>>>>> criteria
 
 from attrfast.criteria.activation import ActivationCriterion, APoZ, HRank
 from attrfast.criteria.base import (
