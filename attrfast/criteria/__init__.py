@@ -1,4 +1,4 @@
-"""Criteria: from S, from feature maps, from the weights or from training to one importance a unit."""
+"""Criteria: from the score matrix S, feature maps, weights or training to one importance a unit."""
 
 from attrfast.criteria.activation import ActivationCriterion, APoZ, HRank
 from attrfast.criteria.base import (
