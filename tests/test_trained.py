@@ -781,5 +781,7 @@ def test_options_out_of_range_are_named(criterion: Any, options: dict[str, Any],
 def test_a_criterion_that_trains_knows_no_classes(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     loader = [(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))]
-    with pytest.raises(attrfast.InputError, match=r"'sss' is not measured on samples, so it knows no classes"):
+    with pytest.raises(
+        attrfast.InputError, match=r"'sss' is not measured on samples, so it knows no classes"
+    ):
         attrfast.prune(Plain(), loader, criterion="sss", keep_ratio=0.5, **options)
