@@ -116,12 +116,10 @@ class _Agreement:
             for part in batch.split(1):
                 self.add(part)
             return
-        if not bool(torch.isfinite(mean).all()):
-            raise NumericalError(
-                f"a feature map or its gradient is not finite in the batch after {self.samples} samples; "
-                f"check the data and the weights, or leave out amp_dtype"
-            )
-        self.total += mean
+        # A GPU is asked once, at the end, so that no batch waits for it.
+        if mean.device.type == "cpu":
+            self._check(mean, f"in the batch after {self.samples} samples")
+        self.total = self.total.to(mean.device) + mean
         self.samples += batch.samples
 
     def _mean_over_places(self, batch: Batch) -> torch.Tensor:
@@ -143,10 +141,19 @@ class _Agreement:
                     first.append(x)
         del captured  # so that maps are freed on the way
         torch.autograd.grad(total * _SCALE, first, allow_unused=True)
-        return sums.cpu() / counts.clamp(min=1)
+        return sums / counts.clamp(min=1).to(sums.device)
 
     def importance(self) -> torch.Tensor:
-        return self.total / self.samples
+        mean = self.total.cpu() / self.samples
+        self._check(mean, "in one of the batches")
+        return mean
+
+    def _check(self, values: torch.Tensor, where: str) -> None:
+        if not bool(torch.isfinite(values).all()):
+            raise NumericalError(
+                f"a feature map or its gradient is not finite {where}; check the data and the weights, or "
+                f"leave out amp_dtype"
+            )
 
 
 class _Reader:
