@@ -113,7 +113,7 @@ def attribute(
         by_class: score the samples of every labelled class on their own as well (`Scores.by_class`).
         classes: score the samples with these labels alone.
         progress: show a bar when standard error is a terminal.
-        seed: of the criterion `random`.
+        seed: of what a criterion draws at random (`random`, `iba`).
         units: the model's units, if they are known from an earlier call; with the pass that they were
             found in (`attrfast.channels.discover`), no other is recorded.
 
@@ -173,6 +173,8 @@ def attribute(
                     device=place,
                     by_class=by_class,
                     classes=classes or (),
+                    seed=seed,
+                    progress=progress,
                 )
             wanted = batch if classes is None else batch.of_classes(classes)
             for part in [] if wanted is None else wanted.split(microbatch or wanted.samples):
@@ -220,7 +222,7 @@ def check_options(
     how = REDUCTIONS.get(reduction or rule.reduction)
     if how is None:
         raise InputError(f"unknown reduction {reduction!r}; known: {', '.join(REDUCTIONS)}")
-    if isinstance(rule, ActivationCriterion):
+    if isinstance(rule, ActivationCriterion) or type(rule).own_pass is not Criterion.own_pass:
         how = MEAN
     elif rule.own_reduction and how.name != rule.reduction:
         raise InputError(

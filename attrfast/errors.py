@@ -23,6 +23,10 @@ class ModelError(AttrfastError, RuntimeError):
     """The model cannot be scored or pruned as it is."""
 
 
+class NoGradientError(ModelError):
+    """The objective does not depend on what it is differentiated by."""
+
+
 class NumericalError(AttrfastError, ArithmeticError):
     """A loss, an activation or a gradient is not finite."""
 

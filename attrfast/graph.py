@@ -136,6 +136,18 @@ def make_plan(found: Discovery, weights: dict[str, str], *, guided: bool) -> Pla
     return plan
 
 
+def is_reader(call: Call, weights: dict[str, str]) -> bool:
+    """Whether a call reads units' channels.
+
+    Args:
+        weights: full name of a reader's weight -> name of the reader.
+    """
+    if call.name not in CONVOLUTIONS and call.name != "linear":
+        return False
+    weight = argument(call, 1, "weight")
+    return isinstance(weight, Param) and weight.name in weights
+
+
 _BRANCH = -1
 
 
@@ -262,7 +274,7 @@ class _Network:
         if through and conserving:
             self._pass_on(stage.source, out)
             return
-        self._use(stage.source, first, _READERS if self._is_reader(first) else _MADE)
+        self._use(stage.source, first, _READERS if is_reader(first, self.weights) else _MADE)
         if stage.residual is None:
             self._source(out)
         elif conserving and stage.residual in self.channels and self._same(stage.residual, out):
@@ -286,14 +298,8 @@ class _Network:
             and torch.equal(left[1], right[1])
         )
 
-    def _is_reader(self, call: Call) -> bool:
-        if call.name not in CONVOLUTIONS and call.name != "linear":
-            return False
-        weight = argument(call, 1, "weight")
-        return isinstance(weight, Param) and weight.name in self.weights
-
     def _call(self, call: Call) -> None:
-        if self._is_reader(call):
+        if is_reader(call, self.weights):
             for value in dict.fromkeys(call.inputs):
                 self._use(value, call, _READERS)
             for out in call.outputs:

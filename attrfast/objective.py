@@ -14,7 +14,7 @@ from torch import nn
 
 from attrfast.batches import Batch, check_labels, main_output
 from attrfast.criteria import Criterion
-from attrfast.errors import AttrfastError, InputError, ModelError
+from attrfast.errors import AttrfastError, InputError, NoGradientError
 from attrfast.rows import rows
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
@@ -96,7 +96,7 @@ class Objective:
 
         Raises:
             InputError: the output is no matrix of logits, or a label is outside it.
-            ModelError: an objective is not differentiable.
+            NoGradientError: an objective is not differentiable.
         """
         if self.loss is not None:
             loss = self.loss(output, batch.raw, batch.labels, batch.samples)
@@ -110,7 +110,7 @@ class Objective:
                 for values in self._values(logits.to(dtype), batch.labels.long(), first)
             ]
         if not all(total.requires_grad for total in totals):
-            raise ModelError(
+            raise NoGradientError(
                 "the objective has no gradient: no differentiable path leads from a convolution to "
                 "the model's output; look for torch.no_grad() or .detach() in forward, or in the loss"
             )

@@ -7,6 +7,7 @@ watch a forward pass that runs anyway. Must not know about loaders or normalisat
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import nn
 
 from attrfast.batches import Batch, check_labels, main_output
 from attrfast.channels import Discovery
-from attrfast.criteria import ActivationCriterion, Criterion, Reduction, same_objective
+from attrfast.criteria import ActivationCriterion, Criterion, OwnPass, Reduction, same_objective
 from attrfast.diagnosis import first_nonfinite
 from attrfast.errors import InputError, ModelError, NumericalError
 from attrfast.following import PlanMismatchError
@@ -86,6 +87,7 @@ class Pass:
         amp_dtype: run the forward pass under autocast in this dtype.
         by_class: add up the samples of each class on their own as well.
         classes: those that samples come from, where these are not all; they must be outputs of the model.
+        seed, progress: for criteria with a pass of their own.
 
     Attributes:
         tallies: one for each of `rules`.
@@ -103,11 +105,31 @@ class Pass:
         device: torch.device,
         by_class: bool = False,
         classes: Sequence[int] = (),
+        seed: int = 0,
+        progress: bool = False,
     ) -> None:
         self.model, self.units, self.device = model, found.units, device
         self.amp_dtype, self.by_class, self.highest = amp_dtype, by_class, max(classes, default=-1)
         self.tallies = [Tally(rule, how, len(found.units), device) for rule, how in rules]
-        self.runs = _arranged(model, found, rules, loss_fn)
+        self.own: dict[int, OwnPass] = {}  # by the position of their criterion
+        for index, (rule, _) in enumerate(rules):
+            own = rule.own_pass(
+                model,
+                found,
+                objective=functools.partial(_first_of, Objective(rule, loss_fn)),
+                forward=self._forward,
+                seed=seed,
+                progress=progress,
+            )
+            if own is not None and by_class:
+                raise InputError(
+                    f"the criterion {rule.name!r} does not tell classes apart; leave by_class out, or "
+                    f"score one class at a time with classes=[k]"
+                )
+            if own is not None:
+                self.own[index] = own
+        self.shared = [index for index in range(len(rules)) if index not in self.own]
+        self.runs = _arranged(model, found, [(i, *rules[i]) for i in self.shared], loss_fn)
         if any(run.maps for run in self.runs):
             self.places = find_places(model, found.units, found.record, found.channels, device)
         # What is not finite is looked for where that makes nobody wait for a GPU; there, once at the end.
@@ -131,13 +153,19 @@ class Pass:
             parts = [self._values(part, self.samples + i) for i, part in enumerate(batch.split(1))]
             values = [torch.cat(rows) for rows in zip(*parts, strict=True)]
         labels = batch.labels.long() if self.by_class else None
-        for tally, measured in zip(self.tallies, values, strict=True):
-            tally.add(measured, labels, self.classes)
+        for index, measured in zip(self.shared, values, strict=True):
+            self.tallies[index].add(measured, labels, self.classes)
+        for own in self.own.values():
+            own.add(batch)
         self.samples += batch.samples
         if labels is not None:
             if self._class_samples is None:
                 self._class_samples = labels.new_zeros(self.classes)
             self._class_samples.index_add_(0, labels, torch.ones_like(labels))
+
+    def _forward(self, batch: Batch) -> Any:
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            return batch.feed(self.model)
 
     def _values(self, batch: Batch, first: int) -> list[torch.Tensor]:
         """(n, U) for each tally, from the batch whose first sample has this number in the pass."""
@@ -158,16 +186,13 @@ class Pass:
                         f"feature maps can't be told apart: {error}. Choose a criterion that reads "
                         f"gradients, or make the model's way depend on its input alone"
                     ) from error
-        return [values[index] for index in range(len(self.tallies))]
+        return [values[index] for index in self.shared]
 
     def _run(self, run: _Run, batch: Batch, first: int, values: dict[int, torch.Tensor]) -> None:
         owners: list[_Measured] = []
 
         def forward() -> Any:
-            with torch.autocast(
-                self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
-            ):
-                return batch.feed(self.model)
+            return self._forward(batch)
 
         def objectives(output: Any) -> list[torch.Tensor]:
             if self.by_class or self.highest >= 0:
@@ -245,7 +270,10 @@ class Pass:
             NumericalError: a score is not finite.
         """
         found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        for tally in self.tallies:
+        for index, tally in enumerate(self.tallies):
+            if index in self.own:
+                found.append((self.own[index].importance(), None))
+                continue
             finish, table = tally.reduction.finish, None
             if tally.by_class is not None and self._class_samples is not None:
                 counts = self._class_samples.clamp(min=1)[:, None]
@@ -264,13 +292,18 @@ class Pass:
         return raw.to(torch.float64)
 
 
+def _first_of(objective: Objective, output: Any, batch: Batch) -> torch.Tensor:
+    """J, of a criterion that has one."""
+    return objective(output, batch, 0)[0]
+
+
 def _arranged(
     model: nn.Module,
     found: Discovery,
-    rules: Sequence[tuple[Criterion, Reduction]],
+    rules: Sequence[tuple[int, Criterion, Reduction]],
     loss_fn: LossFunction | None,
 ) -> list[_Run]:
-    """The fewest runs of the model that give all criteria what they need."""
+    """The fewest runs of the model that give all criteria, each with its position, what they need."""
     runs: dict[tuple[bool, bool], _Run] = {}
 
     def run(guided: bool, absolute: bool) -> _Run:
@@ -280,7 +313,7 @@ def _arranged(
         return runs[key]
 
     watchers: list[tuple[int, Statistic]] = []
-    for index, (rule, how) in enumerate(rules):
+    for index, rule, how in rules:
         if isinstance(rule, ActivationCriterion):
             watchers.append((index, rule.statistic))
             continue

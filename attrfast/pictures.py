@@ -1,50 +1,24 @@
-"""Pictures of a pruning run, written as files. Knows results, and nothing of how they came about.
+"""Pictures, written as files: of a pruning run, of scores, and of what attribution sees.
 
-matplotlib is imported when a picture is drawn, and never opens a window.
+What is drawn here comes from results alone; `attrfast.map_pictures` runs the model for its pictures.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from attrfast.errors import BackendError, InputError
+from attrfast.canvas import BLANK, GONE, INK, KEPT, MUTED, Path, axes_for, figure_for
+from attrfast.errors import InputError
+from attrfast.map_pictures import attribution_map, filter_maps
+from attrfast.scores import Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Path = str | os.PathLike[str]
-
-_INK, _MUTED, _RULE = "#1f2933", "#7b8794", "#e4e7eb"
-_KEPT, _GONE = "#2166ac", "#d5dde5"
-_BLANK: Final = {
-    "facecolor": "white",
-    "edgecolor": "none",
-    "pad": 1.0,
-}  # hides the grid behind text
-_STYLE: Final[Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _RULE,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 160,
-}
+__all__ = ["attribution_map", "filter_maps", "kept_filters", "score_distributions", "trade_off"]
 
 
 class Row(Protocol):
@@ -78,8 +52,8 @@ def trade_off(history: Sequence[Row], path: Path) -> None:
         raise InputError("the history has no first row with multiply-adds, so there is nothing to draw")
     share = [100 * row.macs / history[0].macs for row in history]
     top1 = [100 * row.top1 for row in history]
-    with _axes(path, 7.2, 4.2) as axes:
-        axes.plot(share, top1, color=_KEPT, linewidth=1.6, marker="o", markersize=4)
+    with axes_for(path, 7.2, 4.2) as axes:
+        axes.plot(share, top1, color=KEPT, linewidth=1.6, marker="o", markersize=4)
         axes.invert_xaxis()
         axes.set_title("Accuracy while filters are removed")
         axes.set_xlabel("multiply-adds left (% of the whole model)")
@@ -96,8 +70,8 @@ def trade_off(history: Sequence[Row], path: Path) -> None:
                 xytext=shift,
                 textcoords="offset points",
                 ha="left" if index == 0 else "right",
-                color=_INK,
-                bbox=_BLANK,
+                color=INK,
+                bbox=BLANK,
             )
 
 
@@ -117,10 +91,10 @@ def kept_filters(result: Result, path: Path) -> None:
     names = list(result.gates)
     total = [gate.numel() for gate in result.gates.values()]
     kept = [int(gate.sum()) for gate in result.gates.values()]
-    with _axes(path, 7.2, 1.3 + 0.26 * len(names)) as axes:
+    with axes_for(path, 7.2, 1.3 + 0.26 * len(names)) as axes:
         rows = range(len(names))
-        axes.barh(rows, total, color=_GONE, height=0.72, label="removed")
-        axes.barh(rows, kept, color=_KEPT, height=0.72, label="kept")
+        axes.barh(rows, total, color=GONE, height=0.72, label="removed")
+        axes.barh(rows, kept, color=KEPT, height=0.72, label="kept")
         for row, (left, whole) in enumerate(zip(kept, total, strict=True)):
             axes.annotate(
                 f"{left} of {whole}",
@@ -129,10 +103,10 @@ def kept_filters(result: Result, path: Path) -> None:
                 textcoords="offset points",
                 va="center",
                 fontsize=8,
-                color=_MUTED,
-                bbox=_BLANK,
+                color=MUTED,
+                bbox=BLANK,
             )
-        axes.set_yticks(rows, names, fontsize=8, color=_INK)
+        axes.set_yticks(rows, names, fontsize=8, color=INK)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, 1.12 * max(total))
@@ -149,21 +123,63 @@ def kept_filters(result: Result, path: Path) -> None:
         )
 
 
-@contextmanager
-def _axes(path: Path, width: float, height: float) -> Iterator[Axes]:
-    """One set of axes of a figure of `width` x `height` inches, saved to `path` on leaving."""
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendError(
-            f"pictures need matplotlib, which could not be imported ({error}); "
-            f'pip install "attrfast[data]"'
-        ) from error
-    # A figure without pyplot: no global state, and no window system.
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height))
-        FigureCanvasAgg(figure)
-        yield figure.add_subplot()
-        figure.savefig(path)
+def score_distributions(scores: Scores, path: Path) -> None:
+    """Draws the scores of every layer before and after normalisation, one dot a unit.
+
+    On the left as they were measured, on the right as filters of all layers are compared. A line marks each
+    layer's median. Scores that differ much have a logarithmic axis; how many are zero stands at its edge.
+
+    Args:
+        scores: what `attribute` gave.
+        path: file to write; its ending (.png, .svg, .pdf) gives the format.
+
+    Raises:
+        InputError: no score is above zero.
+        BackendError: matplotlib is not installed.
+    """
+    if not bool((scores.raw > 0).any()):
+        raise InputError("no score is above zero, so there is nothing to draw")
+    layers = scores.units.layers
+    with figure_for(path, 9.6, 1.5 + 0.24 * len(layers)) as figure:
+        before, after = figure.subplots(1, 2, sharey=True)
+        positive = scores.raw[scores.raw > 0]
+        if bool((scores.raw >= 0).all()) and float(positive.max()) > 30 * float(positive.min()):
+            before.set_xscale("log")
+        how = {None: "not normalised", "l2": "L2-normalised in each layer"}
+        after_title = how.get(scores.normalize, f"over the {scores.normalize} of each layer")
+        for axes, values, title in (
+            (before, scores.raw, f"{scores.criterion}, as measured"),
+            (after, scores.importance, after_title),
+        ):
+            for row, layer in enumerate(layers):
+                _strip(axes, row, values[list(layer.units)])
+            axes.set_title(title)
+            axes.set_xlabel("score")
+            axes.grid(visible=False, axis="y")
+            axes.tick_params(axis="y", length=0)
+        before.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=8, color=INK)
+        before.set_ylim(len(layers) - 0.4, -0.6)
+
+
+def _strip(axes: Axes, row: int, values: torch.Tensor) -> None:
+    """The scores of one layer as dots in a row, and their median."""
+    seen = values[values != 0] if axes.get_xscale() == "log" else values
+    # Rasterised, so that a large network's picture stays small in every format.
+    style: dict[str, Any] = {"s": 9, "color": KEPT, "alpha": 0.3, "linewidths": 0, "rasterized": True}
+    axes.scatter(seen.tolist(), [row] * len(seen), **style)
+    middle = float(values.double().median())
+    if axes.get_xscale() != "log" or middle > 0:
+        axes.plot([middle, middle], [row - 0.36, row + 0.36], color=INK, linewidth=1.4)
+    zeros = len(values) - len(seen)
+    if zeros:
+        axes.annotate(
+            f"{zeros} at 0",
+            (0, row),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            color=MUTED,
+            bbox=BLANK,
+        )

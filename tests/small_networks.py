@@ -229,6 +229,40 @@ class FixedView(nn.Module):
         return self.head(functional.adaptive_avg_pool2d(x, 2).view(-1, 32))
 
 
+class Quarters(nn.Module):
+    """Its second convolution sees the quarters of an image as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 8, 3, padding=1)
+        self.third = nn.Conv2d(8, 4, 3, padding=1)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, _, h, w = x.shape
+        x = torch.relu(self.first(x))
+        x = x.view(n, 6, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        x = torch.relu(self.third(torch.relu(self.second(x))))
+        return self.head(x.mean((2, 3)).view(n, 4, -1).mean(1))
+
+
+class ChannelsInTheLastDimension(nn.Module):
+    """A linear layer at every position, between permutations; no ReLU after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3)
+        self.mix = nn.Linear(6, 8)
+        self.third = nn.Conv2d(8, 4, 3)
+        self.head = nn.Linear(4 * 9, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.gelu(self.mix(torch.relu(self.first(x)).permute(0, 2, 3, 1)))
+        x = self.third(x.permute(0, 3, 1, 2)).tanh()
+        return self.head(functional.dropout(functional.adaptive_avg_pool2d(x, 3), 0.5, False).flatten(1))
+
+
 def _image(size: int = 16, channels: int = 3) -> Callable[[int], tuple[torch.Tensor, ...]]:
     return lambda samples: (torch.randn(samples, channels, size, size),)
 

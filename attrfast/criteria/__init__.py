@@ -3,14 +3,17 @@
 from attrfast.criteria.activation import ActivationCriterion, APoZ, HRank
 from attrfast.criteria.base import (
     Criterion,
+    OwnPass,
     criterion_names,
     get_criterion,
     register_criterion,
     same_objective,
 )
 from attrfast.criteria.batch_norm import BNScale
+from attrfast.criteria.causal_map import CausalMap
 from attrfast.criteria.curvature import OBD
 from attrfast.criteria.gradient import Attribution, Taylor, TaylorFO, TaylorGuided
+from attrfast.criteria.iba import InformationBottleneck
 from attrfast.criteria.reductions import MEAN, REDUCTIONS, Reduction
 from attrfast.criteria.soft import Soft
 from attrfast.criteria.sss import SSS
@@ -30,9 +33,12 @@ __all__ = [
     "ActivationCriterion",
     "Attribution",
     "BNScale",
+    "CausalMap",
     "Criterion",
     "HRank",
+    "InformationBottleneck",
     "Learnt",
+    "OwnPass",
     "Phase",
     "Random",
     "Reduction",

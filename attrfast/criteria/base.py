@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -16,12 +16,33 @@ from torch import nn
 from attrfast.errors import InputError
 from attrfast.units import Units
 
+if TYPE_CHECKING:
+    from attrfast.batches import Batch
+    from attrfast.channels import Discovery
+
+
+class OwnPass(Protocol):
+    """An importance that is measured otherwise than by S, batch by batch.
+
+    Attributes:
+        samples: how many were added.
+    """
+
+    samples: int
+
+    def add(self, batch: Batch) -> None:
+        """Takes up one batch, on the model's device."""
+
+    def importance(self) -> torch.Tensor:
+        """(U,) float64 on the CPU, called once after the last batch."""
+
 
 class Criterion:
     """Base class: one importance a unit, from data and gradients.
 
     A subclass defines `objective` and is scored by S[n, c], the first-order effect on J[n] of removing
-    unit c. One that needs no data sets `needs_data = False` and defines `from_weights` instead.
+    unit c. One that needs no data sets `needs_data = False` and defines `from_weights` instead; one that
+    is measured in another way than by S defines `own_pass`.
 
         @attrfast.register_criterion("margin")
         class Margin(attrfast.Criterion):
@@ -60,6 +81,28 @@ class Criterion:
             (N,), differentiable; its sum over samples is what is differentiated.
         """
         raise NotImplementedError(f"the criterion {self.name!r} defines no objective")
+
+    def own_pass(
+        self,
+        model: nn.Module,
+        found: Discovery,
+        *,
+        objective: Callable[[Any, Batch], torch.Tensor],
+        forward: Callable[[Batch], Any],
+        seed: int,
+        progress: bool,
+    ) -> OwnPass | None:
+        """What takes up the batches in place of S; None (the default) for a criterion that S is for.
+
+        Args:
+            model: in eval mode, to be left bit-identical.
+            found: its units, and a recorded forward pass.
+            objective: (the model's output, batch) -> J or the user's loss, 0-d, summed over samples.
+            forward: runs the model on a batch, under autocast where that was asked for.
+            seed: of whatever is random.
+            progress: whether to show a bar.
+        """
+        return None
 
     def objectives(
         self, logits: torch.Tensor, labels: torch.Tensor, first: int
