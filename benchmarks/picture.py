@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from attrfast import pictures as look
+from attrfast import canvas
 
 _ACCENT = "#b2182b"
 
@@ -15,16 +15,9 @@ _ACCENT = "#b2182b"
 @contextmanager
 def new_figure(rows: int, path: Path) -> Iterator[Any]:
     """A grid of `rows` times two axes to draw on, written to `path` at the end."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    apart = {"figure.constrained_layout.hspace": 0.08, "figure.constrained_layout.wspace": 0.06}
-    with matplotlib.rc_context(look._STYLE | apart):
-        figure = Figure(figsize=(10.5, 3.5 * rows))
-        FigureCanvasAgg(figure)
+    with canvas.figure_for(path, 10.5, 3.5 * rows) as figure:
+        figure.get_layout_engine().set(hspace=0.08, wspace=0.06)
         yield figure.subplots(rows, 2, squeeze=False)
-        figure.savefig(path)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -59,7 +52,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def bars(axes: Any, values: dict[str, float], text: str) -> None:
     """Horizontal bars with their values beside them; attrfast's stand out."""
     names = list(values)
-    colours = [look._KEPT if name.startswith("attrfast") else look._GONE for name in names]
+    colours = [canvas.KEPT if name.startswith("attrfast") else canvas.GONE for name in names]
     axes.barh(range(len(names)), list(values.values()), color=colours, height=0.72)
     for row, value in enumerate(values.values()):
         axes.annotate(
@@ -69,10 +62,10 @@ def bars(axes: Any, values: dict[str, float], text: str) -> None:
             textcoords="offset points",
             va="center",
             fontsize=8,
-            color=look._MUTED,
-            bbox=look._BLANK,
+            color=canvas.MUTED,
+            bbox=canvas.BLANK,
         )
-    axes.set_yticks(range(len(names)), names, fontsize=8, color=look._INK)
+    axes.set_yticks(range(len(names)), names, fontsize=8, color=canvas.INK)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 1.15 * max(values.values(), default=1.0))
