@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def test_failed_cells_have_an_exit_status_of_their_own(tmp_path: Path) -> None:
 
 def test_ctrl_c_has_an_exit_status_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "compare", interrupted)
     result = compare(tmp_path)
