@@ -24,6 +24,7 @@ class _Block:
     """Pages, and the view of them that a tensor's storage holds as long as it lives."""
 
     pages: mmap.mmap
+    batch: int  # the last one that it was handed out in
     view: weakref.ref[memoryview] | None = None
 
     @property
@@ -36,6 +37,12 @@ class Buffers:
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
+        self._batch = 0
+
+    def next_batch(self) -> None:
+        """Gives back what the last batch had no use for, as where inputs change their size."""
+        self._blocks = [b for b in self._blocks if b.batch == self._batch or not b.free]
+        self._batch += 1
 
     def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of any values.
@@ -48,6 +55,7 @@ class Buffers:
         if count == 0:
             return torch.empty_strided(shape, strides, dtype=dtype)
         block = self._block(count)
+        block.batch = self._batch
         view = memoryview(block.pages)
         block.view = weakref.ref(view)
         memory = torch.frombuffer(view, dtype=dtype, count=count // dtype.itemsize)
@@ -62,5 +70,5 @@ class Buffers:
         pages = mmap.mmap(-1, size)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             pages.madvise(mmap.MADV_HUGEPAGE)
-        self._blocks.append(_Block(pages))
+        self._blocks.append(_Block(pages, self._batch))
         return self._blocks[-1]

@@ -132,6 +132,8 @@ class Runner:
     ) -> Iterator[torch.Tensor]:
         matrix = ScoreMatrix(len(self.units), samples, device=self.device, absolute=self.absolute)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
+        if self.buffers is not None:
+            self.buffers.next_batch()
         mode: TapMode | PlanMode
         if plan is None:
             mode = TapMode(self.model, self.readers, matrix, anchor, guided=self.guided)
