@@ -40,8 +40,8 @@ class Buffers:
         self._batch = 0
 
     def next_batch(self) -> None:
-        """Gives back what the last batch had no use for, as where inputs change their size."""
-        self._blocks = [b for b in self._blocks if b.batch == self._batch or not b.free]
+        """Gives back what two batches had no use for, as where inputs change their size."""
+        self._blocks = [b for b in self._blocks if b.batch >= self._batch - 1 or not b.free]
         self._batch += 1
 
     def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
