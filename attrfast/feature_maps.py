@@ -11,13 +11,12 @@ Must not know what is made of the maps. No hook is set and nothing is written to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from attrfast.batches import Batch
 from attrfast.channels import Discovery
@@ -26,7 +25,7 @@ from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import is_reader
 from attrfast.map_statistics import channels_in
 from attrfast.matrix import RowsError
-from attrfast.trace import Call, Trace, call_name, is_silent, opened, state_names, trace
+from attrfast.trace import Call, CallMode, Trace, is_silent, state_names, trace
 from attrfast.units import reader_weights
 
 # Besides pooling: calls that choose, move or average positions and leave every channel by itself.
@@ -244,7 +243,7 @@ def _overwritten(record: Trace) -> set[int]:
     return {v for v in range(len(record.shapes)) if home.get(v, v) in changed}
 
 
-class _MapMode(TorchFunctionMode):
+class _MapMode(CallMode):
     """Runs a recorded pass again and shows its places to `visit`.
 
     Whatever the pass did not make itself (parameters, inputs) is detached: only maps get gradients.
@@ -282,21 +281,11 @@ class _MapMode(TorchFunctionMode):
             return type(tree)(self._detached(item) for item in tree)
         return tree
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        kinds: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def meet(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
-        inner = opened(func)
-        if inner is not None:
-            with self:
-                return inner(*args, **kwargs)
         args = tuple(self._detached(a) for a in args)
         kwargs = {key: self._detached(value) for key, value in kwargs.items()}
-        name = call_name(func)
         if is_silent(name) or self.index == self.end < len(self.follower.calls):
             return func(*args, **kwargs)
         call = self.follower.meet(name, args, kwargs)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from attrfast import ops
 from attrfast.buffers import Buffers
@@ -27,7 +26,7 @@ from attrfast.reference import compute_dtype
 from attrfast.signatures import batch_norm_arguments, bound_arguments
 from attrfast.stages import INF, Stage, pool_geometry
 from attrfast.taps import Tap, folded_batch_norm
-from attrfast.trace import call_name, is_silent, opened
+from attrfast.trace import CallMode, is_silent
 
 Tensor = torch.Tensor
 
@@ -312,7 +311,7 @@ def _input_gradient(run: _Run, gz: Tensor, scale: Tensor | None) -> Tensor:
     return input_gradient(gz, weight, torch.Size((len(gz), *shape[1:])), strides, run.geometry)
 
 
-class PlanMode(TorchFunctionMode):
+class PlanMode(CallMode):
     """Runs a forward pass by a plan.
 
     Args:
@@ -350,19 +349,9 @@ class PlanMode(TorchFunctionMode):
         self.numbering = self.follower.numbering
         self.running: dict[int, _Run] = {}  # stages under way, by the value they have reached
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        kinds: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def meet(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
-        inner = opened(func)
-        if inner is not None:
-            with self:
-                return inner(*args, **kwargs)
-        name = call_name(func)
         if is_silent(name):
             return func(*args, **kwargs)
         if _hooks_of_saved_tensors is not None and _hooks_of_saved_tensors(True) is not None:

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from attrfast.flow import Analysis
 from attrfast.following import Follower
 from attrfast.labels import NONE
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.stages import call_ceiling
-from attrfast.trace import CONVOLUTIONS, Call, Param, Trace, argument, call_name, is_silent, opened
+from attrfast.trace import CONVOLUTIONS, Call, CallMode, Param, Trace, argument, is_silent
 from attrfast.units import Units, reader_weights
 
 # Maps (N, C, positions...) -> one number a map, (N, C) floating.
@@ -108,7 +107,7 @@ def channels_in(model: nn.Module, units: Units, record: Trace) -> ChannelsOf:
     return {value: (place.dim, row_of[list(place.labels)]) for value, place in analysis.channels.items()}
 
 
-class MapMode(TorchFunctionMode):
+class MapMode(CallMode):
     """Measures maps during a forward pass, each while it is at hand. Other modes may run below.
 
     Args:
@@ -140,19 +139,9 @@ class MapMode(TorchFunctionMode):
         """(N, U) for each statistic: its mean over the maps of each unit."""
         return [matrix.values / self.places.count for matrix in self.sums]
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        kinds: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def meet(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
-        inner = opened(func)
-        if inner is not None:
-            with self:
-                return inner(*args, **kwargs)
-        name = call_name(func)
         if is_silent(name):
             return func(*args, **kwargs)
         call = self.follower.meet(name, args, kwargs)

@@ -6,19 +6,18 @@ to the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from attrfast.signatures import bound_arguments
-from attrfast.trace import CONVOLUTIONS, call_name, opened
+from attrfast.trace import CONVOLUTIONS, CallMode
 from attrfast.units import Units, reader_weights
 
 
-class masked(TorchFunctionMode):  # noqa: N801 - read as a context: `with masked(...): model(x)`
+class masked(CallMode):  # noqa: N801 - read as a context: `with masked(...): model(x)`
     """Context in which the model computes without the removed units.
 
     Args:
@@ -37,19 +36,9 @@ class masked(TorchFunctionMode):  # noqa: N801 - read as a context: `with masked
             if bool(gone.any()):
                 self.keep[id(state[weight])] = (~gone).to(state[weight].device)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        kinds: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def meet(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
-        inner = opened(func)
-        if inner is not None:
-            with self:
-                return inner(*args, **kwargs)
-        name = call_name(func)
         if name in CONVOLUTIONS or name == "linear":
             x, weight, *rest = bound_arguments(name, args, kwargs)
             keep = self.keep.get(id(weight))

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from attrfast import ops
 from attrfast.convolution import Geometry, each, input_gradient
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.signatures import batch_norm_arguments, bound_arguments
 from attrfast.stages import relu_ceiling
-from attrfast.trace import CONVOLUTIONS, call_name, is_inplace, opened
+from attrfast.trace import CONVOLUTIONS, CallMode, is_inplace
 
 
 class Tap(torch.autograd.Function):
@@ -135,7 +134,7 @@ class _FrozenConvolution(torch.autograd.Function):
         return input_gradient(grads[0], weight, shape, strides, ctx.geometry), None, None, None
 
 
-class TapMode(TorchFunctionMode):
+class TapMode(CallMode):
     """Runs a forward pass with the call tier's taps in it.
 
     Args:
@@ -166,19 +165,9 @@ class TapMode(TorchFunctionMode):
             return type(tree)(self._detached(item) for item in tree)
         return tree
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        kinds: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def meet(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
-        inner = opened(func)
-        if inner is not None:
-            with self:
-                return inner(*args, **kwargs)
-        name = call_name(func)
         if name in CONVOLUTIONS or name == "linear":
             return self._reader(func, name, args, kwargs)
         if name == "batch_norm":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import types
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -221,7 +222,30 @@ def written_to(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if target is None and name in ("setitem", "set:data") else target
 
 
-class _Recorder(TorchFunctionMode):
+class CallMode(TorchFunctionMode):
+    """A mode that meets every call by its name, attention's linear calls included."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        kinds: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        inner = opened(func)
+        if inner is not None:
+            with self:
+                return inner(*args, **(kwargs or {}))
+        return self.meet(func, call_name(func), args, kwargs or {})
+
+    @abstractmethod
+    def meet(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What the call returns to the model. The mode is off meanwhile."""
+
+
+class _Recorder(CallMode):
     def __init__(self, names: dict[int, str], trace: Trace) -> None:
         super().__init__()
         self.trace = trace
@@ -238,19 +262,9 @@ class _Recorder(TorchFunctionMode):
             return {key: self.encode(item) for key, item in tree.items()}
         return tree
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        kinds: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def meet(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
-        inner = opened(func)
-        if inner is not None:
-            with self:
-                return inner(*args, **kwargs)
-        name = call_name(func)
         if is_silent(name):
             return func(*args, **kwargs)
         numbering, trace = self.numbering, self.trace

@@ -6,16 +6,15 @@ so a factor of any sign can be folded into the weights next to it, and the model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from attrfast.errors import ModelError
 from attrfast.signatures import batch_norm_arguments, bound_arguments
-from attrfast.trace import CONVOLUTIONS, call_name, opened
+from attrfast.trace import CONVOLUTIONS, CallMode
 from attrfast.units import Units, reader_weights
 
 
@@ -30,7 +29,7 @@ def of_channels(factors: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return torch.where(row >= 0, factors[row.clamp(min=0)], torch.ones_like(factors[:1]))
 
 
-class scaled(TorchFunctionMode):  # noqa: N801 - read as a context: `with scaled(...): model(x)`
+class scaled(CallMode):  # noqa: N801 - read as a context: `with scaled(...): model(x)`
     """Context in which channels are multiplied by factors. Nothing is written to the model.
 
     Args:
@@ -51,19 +50,9 @@ class scaled(TorchFunctionMode):  # noqa: N801 - read as a context: `with scaled
         self._inputs = {id(state[name]): factor for name, factor in (inputs or {}).items()}
         self._outputs = {id(state[name]): factor for name, factor in (outputs or {}).items()}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        kinds: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def meet(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
-        inner = opened(func)
-        if inner is not None:
-            with self:
-                return inner(*args, **kwargs)
-        name = call_name(func)
         if name in CONVOLUTIONS or name == "linear":
             x, weight, *rest = bound_arguments(name, args, kwargs)
             spatial = 0 if name == "linear" else int(name[-2])
