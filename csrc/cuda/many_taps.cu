@@ -22,8 +22,17 @@ void many_taps(const std::vector<Tap>& taps, bool absolute, const Queue& queue) 
     Cut cut = cut_of(tap.shape, element, kWarp);
     // A block finishes its sums by itself: no second stage.
     cut.items /= cut.pieces;
-    table.taps[table.count++] = {tap.x,       tap.g,      tap.s, tap.shape.n, tap.shape.c, tap.shape.p,
-                                 tap.stride,  items,      cut,   tap.dtype,   all_aligned(tap.x, tap.g)};
+    table.taps[table.count++] = {tap.x,
+                                 tap.g,
+                                 tap.s,
+                                 tap.shape.n,
+                                 tap.shape.c,
+                                 tap.shape.p,
+                                 tap.stride,
+                                 items,
+                                 cut,
+                                 tap.dtype,
+                                 all_aligned(tap.x, tap.g)};
     items += cut.items;
     const int wanted = shared_of(cut, element, compute_bytes(tap.dtype));
     shared = wanted > shared ? wanted : shared;
