@@ -100,6 +100,9 @@ def _preferred(kind: str, forced: str | None) -> Any:
 def backend_for(device: torch.device) -> Any:
     """The backend for tensors on a device: the fastest found, or the one asked for.
 
+    Args:
+        device: where the tensors are.
+
     Raises:
         BackendError: ATTRFAST_BACKEND asks for one that can't be used.
     """

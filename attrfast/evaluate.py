@@ -41,6 +41,12 @@ def evaluate(
 ) -> Evaluation:
     """Runs a model over a loader in eval mode, and leaves it as it was.
 
+    Args:
+        model: any module that classifies, or one for which `loss_fn` is given.
+        loader: iterable of `(input, label)` batches; inputs (N, ...), labels (N,) int64.
+        loss_fn: `loss_fn(output, batch)` in place of the cross-entropy.
+        device: run there; None: where the model is.
+
     Raises:
         InputError: the loader is empty, or a batch or a label is not usable.
     """

@@ -232,7 +232,7 @@ def affine_relu_(
     lower: float | None = 0.0,
     upper: float | None = None,
 ) -> None:
-    """`affine_relu` in place of z; not differentiable."""
+    """`affine_relu` in place of z; not differentiable. See `attrfast.reference.affine_relu`."""
     _check("affine_relu_", z, {"residual": residual}, {"scale": scale, "shift": shift})
     backend_for(z.device).affine_relu_(z, scale, shift, residual, *_bounds("affine_relu_", lower, upper))
 
@@ -295,7 +295,7 @@ def affine_relu_backward_(
     guided: bool = False,
     attribute: bool = True,
 ) -> Tensor:
-    """s; g becomes gz."""
+    """s; g becomes gz. See `attrfast.reference.affine_relu_backward`."""
     _check("affine_relu_backward_", a, {"g": g}, {"scale": scale})
     bounds = _bounds("affine_relu_backward_", lower, upper)
     backend = backend_for(a.device)
@@ -365,7 +365,7 @@ def affine_add_relu_backward_(
     guided: bool = False,
     attribute: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """(gz, s); g becomes g1."""
+    """(gz, s); g becomes g1. See `attrfast.reference.affine_add_relu_backward`."""
     _check_branch("affine_add_relu_backward_", residual, attribute)
     _check("affine_add_relu_backward_", a, {"g": g, "residual": residual}, {"scale": scale})
     bounds = _bounds("affine_add_relu_backward_", lower, upper)
@@ -533,7 +533,7 @@ def _(
 
 @torch.library.custom_op("attrfast::attribution", mutates_args=())
 def attribution(x: Tensor, g: Tensor, absolute: bool = False) -> Tensor:
-    """Sum over positions of x * g, or of abs(x * g): (N, C, ...) twice -> (N, C)."""
+    """Sum over positions of x * g, or of abs(x * g): see `attrfast.reference.attribution`."""
     _check("attribution", x, {"g": g}, {})
     return _placed(x, backend_for(x.device).attribution(x, g, absolute))  # type: ignore[no-any-return]
 

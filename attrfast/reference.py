@@ -11,6 +11,16 @@ import itertools
 import torch
 from torch.nn import functional
 
+__all__ = [
+    "affine_add_relu_backward",
+    "affine_relu",
+    "affine_relu_backward",
+    "affine_relu_max_pool",
+    "affine_relu_max_pool_backward",
+    "attribution",
+    "segment_normalize",
+]
+
 INF = float("inf")
 
 
@@ -103,6 +113,7 @@ def affine_relu_backward(
         a: (N, C, ...) output of the forward.
         g: like a, the gradient with respect to a.
         scale: (C,) or None.
+        lower, upper: the bounds of the forward.
         guided: let a gradient pass only where it is positive (Springenberg et al. 2014).
         attribute: whether the attribution is wanted.
 
@@ -130,6 +141,7 @@ def affine_add_relu_backward(
     """Backward of `affine_relu` with a residual.
 
     Args:
+        a, g, scale, lower, upper, guided: see `affine_relu_backward`.
         residual: read when `attribute` is 2 only.
         attribute: 0: none; 1: the sum over positions of a * g; 2: of (a - residual) * g1, which is the
             flow through z's branch alone, because a ReLU conserves it.
@@ -163,7 +175,9 @@ def affine_relu_max_pool(
 
     Args:
         z: (N, C, H, W).
+        scale, shift, lower, upper: see `affine_relu`.
         kernel, stride, padding: two numbers each; no more than 255 places a window.
+        ceil_mode: as in PyTorch's pooling.
 
     Returns:
         p: (N, C, H', W') in z's dtype; code: uint8, like p: the place of the maximum in its window,
@@ -202,7 +216,9 @@ def affine_relu_max_pool_backward(
     Args:
         p, code: what the forward gave.
         g: like p.
+        scale, kernel, stride, padding, lower, upper: those of the forward.
         size: H and W of z.
+        guided, attribute: see `affine_relu_backward`.
 
     Returns:
         gz: (N, C, H, W); s: (N, C), the sum over windows of p * g.
@@ -241,6 +257,7 @@ def attribution(x: torch.Tensor, g: torch.Tensor, absolute: bool = False) -> tor
 
     Args:
         x, g: (N, C, ...), of any strides.
+        absolute: add up absolute values.
 
     Returns:
         (N, C) in the compute dtype.

@@ -128,7 +128,11 @@ class Criterion:
 
 
 def same_objective(a: Criterion, b: Criterion) -> bool:
-    """Whether two criteria differ in their reduction alone, and can share S."""
+    """Whether two criteria differ in their reduction alone, and can share S.
+
+    Args:
+        a, b: the criteria.
+    """
     left, right = _traits(a), _traits(b)
     return left.keys() == right.keys() and all(left[key] is right[key] for key in left)
 
@@ -147,6 +151,9 @@ _REGISTRY: dict[str, type[Criterion]] = {}
 
 def register_criterion(name: str) -> Callable[[type[Criterion]], type[Criterion]]:
     """Class decorator: makes a criterion known by `name` to `attribute` and `prune`.
+
+    Args:
+        name: what it is asked for by.
 
     Raises:
         InputError: the name is taken by another class, or the class is no `Criterion`.
@@ -177,6 +184,9 @@ def criterion_names() -> tuple[str, ...]:
 
 def get_criterion(criterion: str | Criterion | type[Criterion]) -> Criterion:
     """The criterion of that name; an instance or a class is taken as it is.
+
+    Args:
+        criterion: a name, a `Criterion`, or a subclass that is made without arguments.
 
     Raises:
         InputError: no criterion has that name; the message suggests the nearest.

@@ -130,33 +130,53 @@ def _stage(
 def resnet20(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, shortcut: Shortcut = "B"
 ) -> ResNet:
-    """ResNet-20 for 32x32 images: 4.1e7 multiply-adds and 2.7e5 parameters."""
+    """ResNet-20 for 32x32 images: 4.1e7 multiply-adds and 2.7e5 parameters.
+
+    Args:
+        num_classes, in_channels, width, shortcut: see `ResNet`.
+    """
     return ResNet(3, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut)
 
 
 def resnet32(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, shortcut: Shortcut = "B"
 ) -> ResNet:
-    """ResNet-32 for 32x32 images: 6.9e7 multiply-adds and 4.7e5 parameters."""
+    """ResNet-32 for 32x32 images: 6.9e7 multiply-adds and 4.7e5 parameters.
+
+    Args:
+        num_classes, in_channels, width, shortcut: see `ResNet`.
+    """
     return ResNet(5, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut)
 
 
 def resnet44(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, shortcut: Shortcut = "B"
 ) -> ResNet:
-    """ResNet-44 for 32x32 images: 9.8e7 multiply-adds and 6.6e5 parameters."""
+    """ResNet-44 for 32x32 images: 9.8e7 multiply-adds and 6.6e5 parameters.
+
+    Args:
+        num_classes, in_channels, width, shortcut: see `ResNet`.
+    """
     return ResNet(7, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut)
 
 
 def resnet56(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, shortcut: Shortcut = "B"
 ) -> ResNet:
-    """ResNet-56 for 32x32 images: 1.26e8 multiply-adds and 8.6e5 parameters."""
+    """ResNet-56 for 32x32 images: 1.26e8 multiply-adds and 8.6e5 parameters.
+
+    Args:
+        num_classes, in_channels, width, shortcut: see `ResNet`.
+    """
     return ResNet(9, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut)
 
 
 def resnet110(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, shortcut: Shortcut = "B"
 ) -> ResNet:
-    """ResNet-110 for 32x32 images: 2.5e8 multiply-adds and 1.7e6 parameters."""
+    """ResNet-110 for 32x32 images: 2.5e8 multiply-adds and 1.7e6 parameters.
+
+    Args:
+        num_classes, in_channels, width, shortcut: see `ResNet`.
+    """
     return ResNet(18, num_classes=num_classes, in_channels=in_channels, width=width, shortcut=shortcut)

@@ -69,6 +69,9 @@ def vgg16_bn(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) ->
     layer, 3.14e8 with those of the batch norms. Five poolings: images must be at least 32 pixels
     high and wide.
 
+    Args:
+        num_classes, in_channels, width: see `VGG`.
+
     Source: Simonyan and Zisserman 2014, configuration D, as is usual for CIFAR-10.
     """
     return VGG(_VGG16, num_classes=num_classes, in_channels=in_channels, width=width)
@@ -79,5 +82,8 @@ def vgg_small(num_classes: int = 10, in_channels: int = 1, width: float = 1.0) -
 
     2.9e7 multiply-adds at 1x28x28 and 2.9e5 parameters. Two poolings: images must be at least 4
     pixels high and wide.
+
+    Args:
+        num_classes, in_channels, width: see `VGG`.
     """
     return VGG(_SMALL, num_classes=num_classes, in_channels=in_channels, width=width)
