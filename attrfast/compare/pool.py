@@ -5,15 +5,17 @@ Knows nothing of what a job is: it is handed to `work`, which returns nothing an
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
@@ -232,11 +234,20 @@ class _Others:
         self._processes.clear()
 
 
+def _end_with_parent() -> None:
+    """Ends this process when the first one has died without a word, in the middle of a job too."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _serve(line: Any, work: Work, threads: int) -> None:
     """The main loop of another process: jobs come in, and how they went goes out."""
     # Ctrl-C reaches all processes of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # gives back what it holds
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     while True:
         try:
