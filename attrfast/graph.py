@@ -216,6 +216,8 @@ class _Network:
             factor = self._factor(maker)
             if factor is not None:
                 cost = self._cost(factor)
+        if maker is not None and len(maker.outputs) > 1:
+            cost = INF  # a tap has the whole of what a call makes
         tap = Tap(value, 1.0)
         if factor is not None:
             assert maker is not None

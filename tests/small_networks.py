@@ -229,6 +229,21 @@ class FixedView(nn.Module):
         return self.head(functional.adaptive_avg_pool2d(x, 2).view(-1, 32))
 
 
+class Half(nn.Module):
+    """Of what one call makes, a part is used, and is larger where it is read than where it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")
+        self.third = nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = self.first(x).chunk(2, 1)[1]
+        return self.head(torch.relu(self.third(torch.relu(self.second(half)))).mean((2, 3)))
+
+
 class Quarters(nn.Module):
     """Its second convolution sees the quarters of an image as samples."""
 
@@ -284,4 +299,5 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[torch.T
     "3d": (Volume3d, lambda n: (torch.randn(n, 1, 8, 8, 8),)),
     "gated": (Gated, _image()),
     "fixed view": (FixedView, _image()),
+    "half": (Half, _image()),
 }

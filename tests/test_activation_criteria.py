@@ -31,6 +31,7 @@ RELUS: dict[str, list[str | None]] = {
     "3d": ["first", "second"],
     "gated": ["first", None, "second"],
     "fixed view": ["first", "second"],
+    "half": ["second", "third"],
 }
 
 
