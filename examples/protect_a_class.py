@@ -36,11 +36,15 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, torch.Tensor]:
     train = list(itertools.islice(splits.train, count))
     model = models.vgg_small(num_classes=splits.num_classes)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, 3e-3, total_steps=options.epochs * len(train)
+    )
     for _ in range(options.epochs):
         for images, labels in train:
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(model(images), labels).backward()
             optimiser.step()
+            schedule.step()
     found = {"whole network": top1_by_class(model, splits.test, splits.num_classes)}
     for name, balance in (("pruned", None), ("worst class protected", "worst_class")):
         result = attrfast.prune(
@@ -51,6 +55,7 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, torch.Tensor]:
             filters_per_step=options.step,
             val_loader=splits.val,
             finetune=1,
+            final_finetune=2,
             seed=seed,
             progress=False,
         )
