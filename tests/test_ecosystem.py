@@ -12,6 +12,7 @@ from families import lived_in
 from small_networks import CLASSES, Plain
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 import attrfast
 
@@ -33,7 +34,7 @@ def test_a_model_of_hugging_face(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs the extra attrfast[integrations]")
     result = example("hugging_face.py")["main"]()
     images = torch.randn(2, 3, 32, 32)
-    logits = result.model(pixel_values=images).logits
+    logits = result.model.eval()(pixel_values=images).logits
     assert logits.shape == (2, 10)
     loaded = attrfast.load(result.save(tmp_path / "smaller"), result.original)
     torch.testing.assert_close(loaded(pixel_values=images).logits, logits)
@@ -109,9 +110,8 @@ def test_the_callback_gives_what_a_recorder_gives(accumulate: int, tmp_path: Pat
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
     generator = torch.Generator().manual_seed(0)
-    data = [
-        (torch.randn(4, 3, 16, 16, generator=generator), torch.arange(4) % CLASSES) for _ in range(4)
-    ]
+    images = torch.randn(16, 3, 16, 16, generator=generator)
+    data = DataLoader(TensorDataset(images, torch.arange(16) % CLASSES), batch_size=4)
     scoring = ScoreCallback(model="net")
 
     def fit(module: nn.Module) -> None:
@@ -125,7 +125,7 @@ def test_the_callback_gives_what_a_recorder_gives(accumulate: int, tmp_path: Pat
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-        ).fit(module, data, data[:1])
+        ).fit(module, data, data)
 
     fit(Module())
     assert scoring.scores is not None
