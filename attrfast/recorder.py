@@ -1,6 +1,7 @@
 """Scores filters while the user's own loop runs: their forward pass, their loss, their backward pass.
 
-A mode puts an identity before every reader, whose backward reduces activation times gradient; the weights'
+A mode puts an identity before every reader, whose backward reduces activation times gradient (where a ReLU's
+output is read by that reader alone, the backward of the ReLU does, which reads both anyway). The weights'
 gradients flow as ever, and every number of the loop is the same to the last bit. Nothing is set on the model:
 where its forward pass begins and ends is seen by hooks that PyTorch keeps outside of modules.
 """
@@ -9,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,21 +24,24 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
+from attrfast import ops
 from attrfast.batches import resolve_device
 from attrfast.channels import discover
 from attrfast.criteria import Reduction
 from attrfast.engine import check_options
 from attrfast.errors import InputError, ModelError, NumericalError
-from attrfast.matrix import Columns, ScoreMatrix
+from attrfast.matrix import SMALL, Columns, ScoreMatrix
 from attrfast.passes import Tally
 from attrfast.rows import rows
 from attrfast.scores import Scores, normalized
 from attrfast.taps import Tap
-from attrfast.trace import CONVOLUTIONS, CallMode, shown, tensors_in
+from attrfast.trace import CONVOLUTIONS, CallMode, is_inplace, shown, tensors_in
 from attrfast.units import Units, reader_weights
 
 # A mode is off while a Python function of torch's runs, and these run parts of checkpointed models.
 _backward, _grad = shown(torch.autograd.backward), shown(torch.autograd.grad)
+
+FUSED_FROM = SMALL  # bytes of a tensor that a ReLU measures for its reader
 
 
 class ScoreRecorder:
@@ -228,9 +233,17 @@ class ScoreRecorder:
             return x
         if not current.blind and id(weight) not in self._state.columns:
             return x
-        out = Tap.apply(x, current.anchor, current, id(weight), dim, 1.0)
+        reader = _Reader(id(weight), getattr(x.grad_fn, "link", None))
+        out = Tap.apply(x, current.anchor, current, reader, dim, 1.0)
         assert isinstance(out, torch.Tensor)
         return out
+
+    def clamped(self, x: torch.Tensor, call: Callable[..., Any], inplace: bool) -> Any:
+        """A ReLU: what `call(x)` makes, by a function that can measure on the way back."""
+        current = None if self._looking or not torch.is_grad_enabled() else self._pass
+        if current is None or type(x) is not torch.Tensor or not x.requires_grad:
+            return call(x)
+        return _ReLU.apply(x, call, inplace, _Link(current))
 
     def _runs_again(self) -> _Pass | None:
         """The forward pass that a checkpoint runs a part of once more, during the backward pass."""
@@ -277,7 +290,7 @@ class ScoreRecorder:
             if alive() is not None and not everything:
                 waiting.append((alive, flow))
                 continue
-            values = flow.matrix.take() * flow.scale
+            values = flow.take()
             if self.scaler is not None and not bool(torch.isfinite(values).all()):
                 self.skipped += 1
                 continue
@@ -287,10 +300,59 @@ class ScoreRecorder:
 
 
 class _Flow:
-    """S of one forward pass, and what it is multiplied by."""
+    """S of one forward pass, and what it is multiplied by.
+
+    Attributes:
+        late: measures that have been left to ReLUs whose backward has not run yet.
+    """
 
     def __init__(self, matrix: ScoreMatrix, scale: float) -> None:
-        self.matrix, self.scale = matrix, scale
+        self._matrix, self.scale = matrix, scale
+        self.late: dict[_Link, _Late] = {}
+
+    def take(self) -> torch.Tensor:
+        """(N, U), with all that was added."""
+        for late in self.late.values():
+            self.add(late)
+        self.late = {}
+        return self._matrix.take() * self.scale
+
+    def add(self, late: _Late) -> None:
+        self._matrix.add(late.columns, late.x, late.g, late.dim)
+
+    def add_sums(self, columns: Columns, sums: torch.Tensor) -> None:
+        self._matrix.add_sums(columns, sums)
+
+    def may_wait(self, x: torch.Tensor, g: torch.Tensor, dim: int) -> bool:
+        """Whether a ReLU's kernel could measure this, and would save more than it takes to arrange."""
+        dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        return (
+            not self._matrix.absolute
+            and dim == 1
+            and x.dim() == 4
+            and dense
+            and (x.stride(), x.dtype) == (g.stride(), g.dtype)
+            and x.nbytes > FUSED_FROM
+        )
+
+
+class _Late(NamedTuple):
+    columns: Columns
+    x: torch.Tensor
+    g: torch.Tensor
+    dim: int
+
+
+class _Reader(NamedTuple):
+    """A call that takes channels in.
+
+    Attributes:
+        weight: id of its weight.
+        link: to the ReLU whose output it reads, if it reads that itself.
+    """
+
+    weight: int
+    link: _Link | None
 
 
 class _Pass:
@@ -306,15 +368,66 @@ class _Pass:
         self.recorder, self.scale, self.blind = recorder, scale, blind
         self.samples: int | None = None
         self.anchor = torch.zeros((), device=recorder.device, requires_grad=True)
-        self._flow: _Flow | None = None
+        self.flow: _Flow | None = None
 
-    def add(self, weight: int, x: torch.Tensor, g: torch.Tensor, dim: int, sign: float) -> None:
+    def add(self, reader: _Reader, x: torch.Tensor, g: torch.Tensor, dim: int, sign: float) -> None:
         """A tap's measure; stands where other passes have their score matrix."""
-        if self._flow is None:
-            self._flow = self.recorder.flow_of(self)
-        columns = self.recorder.columns(weight)
-        if self._flow is not None and columns is not None:
-            self._flow.matrix.add(columns, x.detach(), g.detach(), dim, sign)
+        if self.flow is None:
+            self.flow = self.recorder.flow_of(self)
+        columns = self.recorder.columns(reader.weight)
+        if self.flow is None or columns is None:
+            return
+        late, link = _Late(columns, x.detach(), g.detach(), dim), reader.link
+        if link is not None and link not in self.flow.late and self.flow.may_wait(x, g, dim):
+            self.flow.late[link] = late
+        else:
+            self.flow.add(late)
+
+
+class _Link:
+    """Between a ReLU and the reader of its output."""
+
+    def __init__(self, current: _Pass) -> None:
+        self._pass = current
+
+    def backward(self, a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """The ReLU's, by PyTorch's rule: g where a > 0; with what its reader left to it.
+
+        The reader is the only one that reads a just where its gradient is what arrives here: as long as it is
+        held, autograd adds others' to it in memory of their own.
+        """
+        flow = self._pass.flow
+        late = None if flow is None else flow.late.pop(self, None)
+        if flow is not None and late is not None:
+            alone = late.g.data_ptr() == g.data_ptr() and late.g.stride() == g.stride()
+            if alone and not torch.is_grad_enabled():
+                backend = ops.backend_for(a.device)
+                gz, sums = backend.affine_relu_backward(a, g, None, 0.0, math.inf, False, True)
+                flow.add_sums(late.columns, sums)
+                return gz if gz.stride() == g.stride() else torch.empty_like(g).copy_(gz)
+            flow.add(late)
+        back: torch.Tensor = torch.ops.aten.threshold_backward(g, a, 0)
+        return back
+
+
+class _ReLU(torch.autograd.Function):
+    """The model's own call of a ReLU, whose backward can measure."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, call: Callable[..., Any], inplace: bool, link: _Link
+    ) -> torch.Tensor:
+        out: torch.Tensor = call(x)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(out)
+        ctx.link = link
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (a,) = ctx.saved_tensors
+        return ctx.link.backward(a, grads[0]), None, None, None
 
 
 class _Readers:
@@ -370,6 +483,9 @@ class _RecorderMode(CallMode):
     ) -> Any:
         if name in CONVOLUTIONS or name == "linear":
             return self._reader(func, name, args, kwargs)
+        if name == "relu" and args and isinstance(args[0], torch.Tensor):
+            call = functools.partial(_call_on, func, args[1:], kwargs)
+            return self.recorder.clamped(args[0], call, is_inplace(func, kwargs) or True in args[1:])
         again = _AGAIN.get(func)
         if again is not None:
             with self:
@@ -388,6 +504,12 @@ class _RecorderMode(CallMode):
         if args:
             return func(tapped, *args[1:], **kwargs)
         return func(**{**kwargs, "input": tapped})
+
+
+def _call_on(
+    func: Callable[..., Any], rest: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor
+) -> Any:
+    return func(x, *rest, **kwargs)
 
 
 def _tensor_backward(

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attrfast
 from attrfast import InputError, ModelError, NumericalError, ScoreRecorder
+from attrfast import recorder as recorder_module
 
 BATCHES = 2
 TOLERANCE = 1e-10  # float64; sums are taken in another order
@@ -53,6 +54,12 @@ def assert_same(found: attrfast.Scores, expected: attrfast.Scores) -> None:
 # -- the numbers -------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[recorder_module.SMALL, 0], ids=["by taps", "by ReLUs"])
+def fused_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "FUSED_FROM", request.param)
+
+
+@pytest.mark.usefixtures("fused_from")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_evaluation_loop_gives_what_attribute_gives(name: str) -> None:
     make, inputs = NETWORKS[name]
@@ -67,6 +74,7 @@ def test_an_evaluation_loop_gives_what_attribute_gives(name: str) -> None:
     assert_same(recorder.scores(), expected)
 
 
+@pytest.mark.usefixtures("fused_from")
 @pytest.mark.parametrize("reduction", ["abs_sample", "sq_sample", "signed_batch", "abs_element"])
 @pytest.mark.parametrize("loss", ["mean", "sum"])
 def test_reductions_and_losses(reduction: str, loss: str) -> None:
@@ -111,6 +119,7 @@ class WithDropout(Plain):
         return super().forward(functional.dropout(x, 0.2, self.training))
 
 
+@pytest.mark.usefixtures("fused_from")
 @pytest.mark.parametrize(
     "make",
     [Plain, Reused, WithDropout, functools.partial(family, "densenet121")],
@@ -158,6 +167,7 @@ def test_passes_without_gradients_or_without_backward_leave_no_trace() -> None:
     assert recorder.scores().samples == expected.samples
 
 
+@pytest.mark.usefixtures("fused_from")
 def test_several_forward_passes_before_one_backward_pass() -> None:
     model, data = network(), loader()
     expected = attrfast.attribute(model, data, progress=False)
@@ -167,6 +177,7 @@ def test_several_forward_passes_before_one_backward_pass() -> None:
     assert_same(recorder.scores(), expected)
 
 
+@pytest.mark.usefixtures("fused_from")
 def test_two_backward_passes_through_one_forward_pass_add_up() -> None:
     model, data = network(), loader()
     expected = attrfast.attribute(model, data, progress=False)
@@ -227,6 +238,7 @@ class Checkpointed(Plain):
         return self.classifier(checkpoint(self.features[4:], x, use_reentrant=self.reentrant))
 
 
+@pytest.mark.usefixtures("fused_from")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_are_measured_when_they_run_again(
     reentrant: bool, monkeypatch: pytest.MonkeyPatch
@@ -306,3 +318,23 @@ def test_a_model_that_is_pruned_meanwhile_is_refused() -> None:
         with pytest.raises(ModelError, match="new ScoreRecorder"):
             model(data[0][0])
     assert recorder.scores().samples == 2 * BATCHES * 4
+
+
+def test_a_relu_measures_what_its_one_reader_takes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves it to the reader where others take in its output too."""
+    measured = []
+    flow = recorder_module._Flow
+    add_sums = flow.add_sums
+
+    def seen(self: Any, columns: Any, sums: torch.Tensor) -> None:
+        measured.append(tuple(sums.shape))
+        add_sums(self, columns, sums)
+
+    monkeypatch.setattr(flow, "add_sums", seen)
+    monkeypatch.setattr(recorder_module, "FUSED_FROM", 0)
+    for make, expected in ((Plain, [(4, 16)]), (Reused, [])):
+        measured.clear()
+        model = network(make)
+        with ScoreRecorder(model):
+            run(model, loader()[:1])
+        assert measured == expected
