@@ -15,7 +15,7 @@ import math
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +24,14 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from attrfast import ops
 from attrfast.batches import resolve_device
 from attrfast.channels import discover
 from attrfast.criteria import Reduction
 from attrfast.engine import check_options
 from attrfast.errors import InputError, ModelError, NumericalError
-from attrfast.matrix import SMALL, Columns, ScoreMatrix
+from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.passes import Tally
+from attrfast.recording import Flow, Link, MeasuringReLU, Reader, Readers, RecordedPass
 from attrfast.rows import rows
 from attrfast.scores import Scores, normalized
 from attrfast.taps import Tap
@@ -40,8 +40,6 @@ from attrfast.units import Units, reader_weights
 
 # A mode is off while a Python function of torch's runs, and these run parts of checkpointed models.
 _backward, _grad = shown(torch.autograd.backward), shown(torch.autograd.grad)
-
-FUSED_FROM = SMALL  # bytes of a tensor that a ReLU measures for its reader
 
 
 class ScoreRecorder:
@@ -113,11 +111,11 @@ class ScoreRecorder:
         self._reduction: Reduction = how
         self._units: Units | None = None
         self._tally = Tally(rule, how, 0, self.device)
-        self._state = _Readers({}, [])
-        self._pass: _Pass | None = None  # under way
-        self._latest: _Pass | None = None  # or over, as long as no other has begun
-        self._live: weakref.WeakSet[_Pass] = weakref.WeakSet()
-        self._open: list[tuple[weakref.ref[_Pass], _Flow]] = []  # with gradients, not counted yet
+        self._state = Readers({}, [])
+        self._pass: RecordedPass | None = None  # under way
+        self._latest: RecordedPass | None = None  # or over, as long as no other has begun
+        self._live: weakref.WeakSet[RecordedPass] = weakref.WeakSet()
+        self._open: list[tuple[weakref.ref[RecordedPass], Flow]] = []  # with gradients, not counted yet
         self._context: contextlib.ExitStack | None = None
         self._looking = False
         if units is not None:
@@ -185,7 +183,7 @@ class ScoreRecorder:
         self._count()
         if torch.is_grad_enabled():
             self._state = self._state.checked()
-            self._pass = self._latest = _Pass(self, self._scale(), blind=self._units is None)
+            self._pass = self._latest = RecordedPass(self, self._scale(), blind=self._units is None)
             self._live.add(self._pass)
 
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -217,7 +215,7 @@ class ScoreRecorder:
         columns = {
             w: Columns(units.inputs[name], len(units), self.device) for w, name in weights.items()
         }
-        self._state = _Readers.of(self.model, columns)
+        self._state = Readers.of(self.model, columns)
 
     def _scale(self) -> float:
         return self.divided_by / (1.0 if self.scaler is None else self.scaler.get_scale())
@@ -233,7 +231,7 @@ class ScoreRecorder:
             return x
         if not current.blind and id(weight) not in self._state.columns:
             return x
-        reader = _Reader(id(weight), getattr(x.grad_fn, "link", None))
+        reader = Reader(id(weight), getattr(x.grad_fn, "link", None))
         out = Tap.apply(x, current.anchor, current, reader, dim, 1.0)
         assert isinstance(out, torch.Tensor)
         return out
@@ -243,9 +241,9 @@ class ScoreRecorder:
         current = None if self._looking or not torch.is_grad_enabled() else self._pass
         if current is None or type(x) is not torch.Tensor or not x.requires_grad:
             return call(x)
-        return _ReLU.apply(x, call, inplace, _Link(current))
+        return MeasuringReLU.apply(x, call, inplace, Link(current))
 
-    def _runs_again(self) -> _Pass | None:
+    def _runs_again(self) -> RecordedPass | None:
         """The forward pass that a checkpoint runs a part of once more, during the backward pass."""
         if torch._C._current_autograd_node() is None:
             return None
@@ -259,7 +257,7 @@ class ScoreRecorder:
 
     # -- backward passes ---------------------------------------------------------------------------------
 
-    def flow_of(self, current: _Pass) -> _Flow | None:
+    def flow_of(self, current: RecordedPass) -> Flow | None:
         """Where a forward pass's gradients go; None after the block."""
         if self._context is None:
             return None
@@ -267,7 +265,7 @@ class ScoreRecorder:
             raise ModelError(
                 "a backward pass ran before its forward pass was over; call backward() after model(...)"
             )
-        flow = _Flow(
+        flow = Flow(
             ScoreMatrix(
                 len(self._units),
                 current.samples,
@@ -297,178 +295,6 @@ class ScoreRecorder:
             self._tally.add(self._reduction.each(values), None, 0)
             self.samples += len(values)
         self._open = waiting
-
-
-class _Flow:
-    """S of one forward pass, and what it is multiplied by.
-
-    Attributes:
-        late: measures that have been left to ReLUs whose backward has not run yet.
-    """
-
-    def __init__(self, matrix: ScoreMatrix, scale: float) -> None:
-        self._matrix, self.scale = matrix, scale
-        self.late: dict[_Link, _Late] = {}
-
-    def take(self) -> torch.Tensor:
-        """(N, U), with all that was added."""
-        for late in self.late.values():
-            self.add(late)
-        self.late = {}
-        return self._matrix.take() * self.scale
-
-    def add(self, late: _Late) -> None:
-        self._matrix.add(late.columns, late.x, late.g, late.dim)
-
-    def add_sums(self, columns: Columns, sums: torch.Tensor) -> None:
-        self._matrix.add_sums(columns, sums)
-
-    def may_wait(self, x: torch.Tensor, g: torch.Tensor, dim: int) -> bool:
-        """Whether a ReLU's kernel could measure this, and would save more than it takes to arrange."""
-        dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-        return (
-            not self._matrix.absolute
-            and dim == 1
-            and x.dim() == 4
-            and dense
-            and (x.stride(), x.dtype) == (g.stride(), g.dtype)
-            and x.nbytes > FUSED_FROM
-        )
-
-
-class _Late(NamedTuple):
-    columns: Columns
-    x: torch.Tensor
-    g: torch.Tensor
-    dim: int
-
-
-class _Reader(NamedTuple):
-    """A call that takes channels in.
-
-    Attributes:
-        weight: id of its weight.
-        link: to the ReLU whose output it reads, if it reads that itself.
-    """
-
-    weight: int
-    link: _Link | None
-
-
-class _Pass:
-    """One forward pass, as its taps hold it: it lives as long as its graph.
-
-    Attributes:
-        samples: known when it is over.
-        scale: of the loss, undone.
-        blind: whether the readers were not known yet when it ran, so that every layer has a tap.
-    """
-
-    def __init__(self, recorder: ScoreRecorder, scale: float, *, blind: bool) -> None:
-        self.recorder, self.scale, self.blind = recorder, scale, blind
-        self.samples: int | None = None
-        self.anchor = torch.zeros((), device=recorder.device, requires_grad=True)
-        self.flow: _Flow | None = None
-
-    def add(self, reader: _Reader, x: torch.Tensor, g: torch.Tensor, dim: int, sign: float) -> None:
-        """A tap's measure; stands where other passes have their score matrix."""
-        if self.flow is None:
-            self.flow = self.recorder.flow_of(self)
-        columns = self.recorder.columns(reader.weight)
-        if self.flow is None or columns is None:
-            return
-        late, link = _Late(columns, x.detach(), g.detach(), dim), reader.link
-        if link is not None and link not in self.flow.late and self.flow.may_wait(x, g, dim):
-            self.flow.late[link] = late
-        else:
-            self.flow.add(late)
-
-
-class _Link:
-    """Between a ReLU and the reader of its output."""
-
-    def __init__(self, current: _Pass) -> None:
-        self._pass = current
-
-    def backward(self, a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """The ReLU's, by PyTorch's rule: g where a > 0; with what its reader left to it.
-
-        The reader is the only one that reads a just where its gradient is what arrives here: as long as it is
-        held, autograd adds others' to it in memory of their own.
-        """
-        flow = self._pass.flow
-        late = None if flow is None else flow.late.pop(self, None)
-        if flow is not None and late is not None:
-            alone = late.g.data_ptr() == g.data_ptr() and late.g.stride() == g.stride()
-            if alone and not torch.is_grad_enabled():
-                backend = ops.backend_for(a.device)
-                gz, sums = backend.affine_relu_backward(a, g, None, 0.0, math.inf, False, True)
-                flow.add_sums(late.columns, sums)
-                return gz if gz.stride() == g.stride() else torch.empty_like(g).copy_(gz)
-            flow.add(late)
-        back: torch.Tensor = torch.ops.aten.threshold_backward(g, a, 0)
-        return back
-
-
-class _ReLU(torch.autograd.Function):
-    """The model's own call of a ReLU, whose backward can measure."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, call: Callable[..., Any], inplace: bool, link: _Link
-    ) -> torch.Tensor:
-        out: torch.Tensor = call(x)
-        if inplace:
-            ctx.mark_dirty(x)
-        ctx.save_for_backward(out)
-        ctx.link = link
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (a,) = ctx.saved_tensors
-        return ctx.link.backward(a, grads[0]), None, None, None
-
-
-class _Readers:
-    """The weights of a model's readers, by identity.
-
-    Attributes:
-        columns: id of a weight -> where the channels go that it reads.
-    """
-
-    def __init__(
-        self, columns: dict[int, Columns], places: list[tuple[nn.Module, str, nn.Parameter, Columns]]
-    ) -> None:
-        self.columns, self._places = columns, places
-
-    @staticmethod
-    def of(model: nn.Module, columns: dict[str, Columns]) -> _Readers:
-        places = []
-        for name, found in columns.items():
-            owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            places.append((module, leaf, getattr(module, leaf), found))
-        return _Readers({id(weight): found for _, _, weight, found in places}, places)
-
-    def checked(self) -> _Readers:
-        """The same where no weight was put in the place of another.
-
-        Raises:
-            ModelError: one of another shape was, as by pruning.
-        """
-        if all(getattr(module, leaf) is weight for module, leaf, weight, _ in self._places):
-            return self
-        fresh = []
-        for module, leaf, weight, found in self._places:
-            now = getattr(module, leaf)
-            if now.shape != weight.shape:
-                raise ModelError(
-                    f"a {type(module).__name__}'s {leaf} has become {tuple(now.shape)}, and was "
-                    f"{tuple(weight.shape)} before: record a pruned model by a new ScoreRecorder"
-                )
-            fresh.append((module, leaf, now, found))
-        return _Readers({id(weight): found for _, _, weight, found in fresh}, fresh)
 
 
 class _RecorderMode(CallMode):

@@ -16,7 +16,7 @@ from benchmarks.networks import FORMATS, NETWORKS, Batches, load
 from benchmarks.quiet import Clock
 
 LIMIT = 1.05  # of the loop's own time
-BATCHES = 2  # a round
+BATCHES = 4  # a run
 
 
 def loop(model: nn.Module, optimiser: torch.optim.Optimizer, batches: Batches) -> None:

@@ -18,8 +18,7 @@ from torch.nn.modules import module as hooks
 from torch.utils.checkpoint import checkpoint
 
 import attrfast
-from attrfast import InputError, ModelError, NumericalError, ScoreRecorder
-from attrfast import recorder as recorder_module
+from attrfast import InputError, ModelError, NumericalError, ScoreRecorder, recording
 
 BATCHES = 2
 TOLERANCE = 1e-10  # float64; sums are taken in another order
@@ -54,9 +53,9 @@ def assert_same(found: attrfast.Scores, expected: attrfast.Scores) -> None:
 # -- the numbers -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[recorder_module.SMALL, 0], ids=["by taps", "by ReLUs"])
+@pytest.fixture(params=[recording.SMALL, 0], ids=["by taps", "by ReLUs"])
 def fused_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "FUSED_FROM", request.param)
+    monkeypatch.setattr(recording, "FUSED_FROM", request.param)
 
 
 @pytest.mark.usefixtures("fused_from")
@@ -323,7 +322,7 @@ def test_a_model_that_is_pruned_meanwhile_is_refused() -> None:
 def test_a_relu_measures_what_its_one_reader_takes_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """And leaves it to the reader where others take in its output too."""
     measured = []
-    flow = recorder_module._Flow
+    flow = recording.Flow
     add_sums = flow.add_sums
 
     def seen(self: Any, columns: Any, sums: torch.Tensor) -> None:
@@ -331,7 +330,7 @@ def test_a_relu_measures_what_its_one_reader_takes_in(monkeypatch: pytest.Monkey
         add_sums(self, columns, sums)
 
     monkeypatch.setattr(flow, "add_sums", seen)
-    monkeypatch.setattr(recorder_module, "FUSED_FROM", 0)
+    monkeypatch.setattr(recording, "FUSED_FROM", 0)
     for make, expected in ((Plain, [(4, 16)]), (Reused, [])):
         measured.clear()
         model = network(make)
