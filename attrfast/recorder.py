@@ -231,7 +231,8 @@ class ScoreRecorder:
             return x
         if not current.blind and id(weight) not in self._state.columns:
             return x
-        reader = Reader(id(weight), getattr(x.grad_fn, "link", None))
+        link = getattr(x.grad_fn, "link", None)
+        reader = Reader(id(weight), link if isinstance(link, Link) else None)
         out = Tap.apply(x, current.anchor, current, reader, dim, 1.0)
         assert isinstance(out, torch.Tensor)
         return out
@@ -240,6 +241,8 @@ class ScoreRecorder:
         """A ReLU: what `call(x)` makes, by a function that can measure on the way back."""
         current = None if self._looking or not torch.is_grad_enabled() else self._pass
         if current is None or type(x) is not torch.Tensor or not x.requires_grad:
+            return call(x)
+        if inplace and x._is_view():  # PyTorch has rules of its own for these
             return call(x)
         return MeasuringReLU.apply(x, call, inplace, Link(current))
 

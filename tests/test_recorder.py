@@ -118,15 +118,32 @@ class WithDropout(Plain):
         return super().forward(functional.dropout(x, 0.2, self.training))
 
 
+class OfViews(Plain):
+    """A ReLU in place of a part of a tensor, and one whose output is passed on in parts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.features[:2](x)
+        x = torch.cat([x[:, :4].relu_(), torch.relu(x[:, 4:])], 1)
+        return self.classifier(self.features[3:](x))
+
+
 @pytest.mark.usefixtures("fused_from")
 @pytest.mark.parametrize(
     "make",
-    [Plain, Reused, WithDropout, functools.partial(family, "densenet121")],
-    ids=["plain", "reused", "dropout", "densenet"],
+    [Plain, Reused, WithDropout, OfViews, functools.partial(family, "densenet121")],
+    ids=["plain", "reused", "dropout", "views", "densenet"],
 )
-def test_training_is_the_same_to_the_last_bit(make: Callable[[], nn.Module]) -> None:
-    data = [(images_for("densenet121", 4, seed), torch.arange(4) % CLASSES) for seed in (1, 2)]
-    plain, recorded = trained(make, data, False), trained(make, data, True)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_training_is_the_same_to_the_last_bit(
+    make: Callable[[], nn.Module], layout: torch.memory_format
+) -> None:
+    images = [images_for("densenet121", 4, seed).to(memory_format=layout) for seed in (1, 2)]
+    data = [(x, torch.arange(4) % CLASSES) for x in images]
+
+    def laid_out() -> nn.Module:
+        return make().to(memory_format=layout)
+
+    plain, recorded = trained(laid_out, data, False), trained(laid_out, data, True)
     assert plain.keys() == recorded.keys()
     assert [name for name in plain if not torch.equal(plain[name], recorded[name])] == []
 
