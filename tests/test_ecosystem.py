@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,15 @@ def test_a_model_of_hugging_face(tmp_path: Path) -> None:
     assert logits.shape == (2, 10)
     loaded = attrfast.load(result.save(tmp_path / "smaller"), result.original)
     torch.testing.assert_close(loaded(pixel_values=images).logits, logits)
+
+
+def test_importing_attrfast_imports_none_of_them() -> None:
+    code = (
+        "import sys, attrfast; names = 'captum lightning timm transformers attrfast.integrations'; "
+        "print([name for name in names.split() if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 class Keywords(Plain):

@@ -1,4 +1,4 @@
-"""attrfast's scores in other libraries' places, one module a library, each over the public API alone.
+"""attrfast's scores in other libraries' places, one module a library.
 
-A module imports its library, so importing attrfast imports none of them.
+Importing attrfast imports none of these modules, nor their libraries.
 """
