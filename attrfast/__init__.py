@@ -20,6 +20,7 @@ from attrfast.finetune import FineTune
 from attrfast.measure import Measurement
 from attrfast.pruner import prune
 from attrfast.recipe import Recipe
+from attrfast.recorder import ScoreRecorder
 from attrfast.result import PruneResult, Step
 from attrfast.saving import load, read_recipe
 from attrfast.scores import Scores
@@ -39,6 +40,7 @@ __all__ = [
     "NumericalError",
     "PruneResult",
     "Recipe",
+    "ScoreRecorder",
     "Scores",
     "Step",
     "TargetError",

@@ -77,24 +77,34 @@ class Batch:
 
 
 def unpack(batch: Any, device: torch.device) -> Batch:
-    """Reads a loader's batch: `(input, label)` or `(input, label, ...)`.
+    """Reads a loader's batch: `(input, label)` or `(input, label, ...)`, or a mapping with `"labels"`.
 
-    The input is a tensor, a tuple or list of tensors (positional inputs), or a mapping (keyword inputs).
+    The input is a tensor, a tuple or list of tensors (positional inputs), or a mapping (keyword inputs). Of a
+    mapping that holds its labels, as Hugging Face's data collators make, the rest are keyword inputs.
 
     Raises:
-        InputError: the batch is no such pair, is empty, or lies on another accelerator.
+        InputError: the batch is none of these, is empty, or lies on another accelerator.
     """
+    if isinstance(batch, Mapping) and "labels" in batch:
+        raw = _moved(dict(batch), device)
+        inputs = {key: value for key, value in raw.items() if key != "labels"}
+        return _read(raw, inputs, raw["labels"], batch["labels"])
     if isinstance(batch, Mapping) or not isinstance(batch, Sequence) or isinstance(batch, str):
         raise InputError(
             f"a batch must be a pair (input, label), got {_kind(batch)}; wrap the loader so that it "
-            f"yields (input, label), where the input may be a dict of the model's keyword inputs"
+            f"yields (input, label), where the input may be a dict of the model's keyword inputs, or a "
+            f"dict of them all in which the label is called 'labels'"
         )
     if len(batch) < 2:
         raise InputError(
             f"a batch must be a pair (input, label), got a {type(batch).__name__} of length {len(batch)}"
         )
     raw = _moved(batch, device)
-    inputs = raw[0]
+    return _read(raw, raw[0], raw[1], batch[1])
+
+
+def _read(raw: Any, inputs: Any, labels: Any, given_labels: Any) -> Batch:
+    """A batch of these inputs and labels, on the device; the labels as they were given tell their extremes."""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(inputs, Mapping):
@@ -110,7 +120,7 @@ def unpack(batch: Any, device: torch.device) -> Batch:
         )
     if first.shape[0] == 0:
         raise InputError(f"a batch holds no samples: its input has shape {tuple(first.shape)}")
-    return Batch(raw, args, kwargs, raw[1], first.shape[0], _extremes(batch[1]))
+    return Batch(raw, args, kwargs, labels, first.shape[0], _extremes(given_labels))
 
 
 def _kind(item: Any) -> str:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from attrfast import ops
+from attrfast import ops, tensor_file
 from attrfast.errors import InputError
-from attrfast.units import Units
+from attrfast.units import Layer, Units
+
+_KIND = "attrfast scores 1"
 
 NORMALIZATIONS = ("l2", "mean", "max", None)
 
@@ -65,11 +71,90 @@ class Scores(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self.units.filters)
 
+    def to_numpy(self) -> dict[str, np.ndarray[Any, Any]]:
+        """convolution -> (filters,) importance, in arrays of their own."""
+        return {name: self[name].numpy() for name in self}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scores and how they were computed, in plain numbers and text that JSON can hold.
+
+        Returns:
+            `scores` (convolution -> one number a filter), `criterion`, `reduction`, `normalize`, `samples`;
+            of scores by class `by_class` (convolution -> one list a class) and `class_samples` as well.
+        """
+        told: dict[str, Any] = {"scores": {name: self[name].tolist() for name in self}, **self._how()}
+        if self.by_class is not None:
+            told["by_class"] = {name: self.class_scores(name).tolist() for name in self}
+        if self.class_samples is not None:
+            told["class_samples"] = self.class_samples.tolist()
+        return told
+
+    def _how(self) -> dict[str, Any]:
+        names = ("criterion", "reduction", "normalize", "samples")
+        return {name: getattr(self, name) for name in names}
+
+    def save(self, path: str | Path) -> Path:
+        """Writes everything to one safetensors file; `Scores.load(path)` reads it again.
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: the file can't be written.
+        """
+        held = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+        held |= {"units.layer_of": self.units.layer_of, "units.size": self.units.size}
+        about = self._how() | {
+            "depthwise": sorted(self.units.depthwise),
+            "layers": [dataclasses.asdict(layer) for layer in self.units.layers],
+            "frozen": self.units.frozen,
+        }
+        for role in _MAPS:
+            rows = getattr(self.units, role)
+            about[role] = list(rows)  # their order is that of the forward pass, which the file loses
+            held |= {f"units.{role}.{name}": row for name, row in rows.items()}
+        return tensor_file.write(path, _KIND, held, about)
+
+    @staticmethod
+    def load(path: str | Path) -> Scores:
+        """The scores that `save` wrote; no model is needed, and nothing is unpickled.
+
+        Raises:
+            InputError: the file is missing, damaged, or holds something else.
+        """
+        held, about = tensor_file.read(path, _KIND)
+        try:
+            maps = {role: {name: held[f"units.{role}.{name}"] for name in about[role]} for role in _MAPS}
+            layers = tuple(
+                Layer(row["name"], tuple(row["convs"]), tuple(row["units"]), row["frozen"])
+                for row in about["layers"]
+            )
+            units = Units(
+                **maps,
+                depthwise=frozenset(about["depthwise"]),
+                layers=layers,
+                layer_of=held["units.layer_of"],
+                size=held["units.size"],
+                frozen=tuple(about["frozen"]),
+            )
+            how = {name: about[name] for name in ("criterion", "reduction", "normalize", "samples")}
+            found = Scores(units=units, **{name: held.get(name) for name in _TENSORS}, **how)  # type: ignore[arg-type]
+            counts = {len(found.importance), len(found.raw), len(units.layer_of), len(units)}
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} holds no whole scores: {error!r} is missing or amiss") from error
+        if len(counts) != 1:
+            raise InputError(f"{path} contradicts itself: it speaks of {sorted(counts)} units")
+        return found
+
     def __repr__(self) -> str:
         return (
             f"Scores({self.criterion}, {len(self)} convolutions, {self.units.total_filters} filters in "
             f"{len(self.units)} units, {self.samples} samples)"
         )
+
+
+_TENSORS = ("importance", "raw", "by_class", "class_samples")
+_MAPS = ("filters", "outputs", "inputs")
 
 
 def normalized(raw: torch.Tensor, units: Units, kind: str | None) -> torch.Tensor:

@@ -9,6 +9,7 @@ import typer
 from benchmarks import kernels as kernel_benchmark
 from benchmarks import passes as pass_benchmark
 from benchmarks import picture, report
+from benchmarks import recorder as recorder_benchmark
 from benchmarks.networks import DEFAULT, NETWORKS
 
 app = typer.Typer(help="Measure attrfast beside other ways to score filters.", add_completion=False)
@@ -25,6 +26,8 @@ def everything(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         kernels()
         passes()
+        for network in DEFAULT:
+            recorder(network)
 
 
 @app.command()
@@ -61,12 +64,32 @@ def kernels(rounds: Rounds = 9, patience: Patience = 60) -> None:
     _publish()
 
 
+@app.command()
+def recorder(
+    network: Annotated[str, typer.Option(help=f"One of {', '.join(NETWORKS)}.")] = "vgg16_bn",
+    rounds: Rounds = 9,
+    patience: Patience = 60,
+) -> None:
+    """A training loop with ScoreRecorder and without."""
+    if network not in NETWORKS:
+        raise typer.BadParameter(f"unknown network {network!r}; known: {', '.join(NETWORKS)}")
+    results = report.read("recorder.json")
+    results[network] = recorder_benchmark.measure(
+        network, rounds=rounds, patience=patience, say=report.say
+    )
+    report.show([report.recorder_sheet(results[network])])
+    report.write("recorder.json", results)
+    _publish()
+
+
 def _publish() -> None:
     """Draws the picture and writes the tables of all results that are there."""
     passes, kernels = report.read("passes.json"), report.read("kernels.json")
+    recorded = report.read("recorder.json")
     sheets = [sheet for result in passes.values() for sheet in report.pass_sheets(result)]
     if kernels:
         sheets += report.kernel_sheets(kernels)
+    sheets += [report.recorder_sheet(result) for result in recorded.values()]
     report.write_markdown(sheets)
     if passes:
         picture.draw(passes, report.RESULTS / "passes.png")

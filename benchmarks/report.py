@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import kernels, machine, passes
+from benchmarks import kernels, machine, passes, recorder
 from benchmarks.quiet import LIMIT
 
 RESULTS = Path(__file__).parent / "results"
@@ -93,6 +93,20 @@ def kernel_sheets(result: dict[str, Any]) -> list[Sheet]:
                 sheet.rows.append([*start, peer, _milli(seconds[peer]), _number(ratios[peer])])
                 start = ["", "", "", ""]
     return [sheet, _target_sheet("Kernels: targets of attrfast", result["targets"])]
+
+
+def recorder_sheet(result: dict[str, Any]) -> Sheet:
+    """A training loop with a recorder and without."""
+    sheet = Sheet(
+        f"{result['label']}: a training loop with ScoreRecorder",
+        ["", "loop alone", "recorded", "recorded / alone", "at most", ""],
+        [f"{result['rounds']} interleaved rounds.", machine.one_line(result["machine"])],
+    )
+    for layout, row in result["formats"].items():
+        seconds = (f"{row[key]:.2f} s" for key in ("plain_seconds", "recorded_seconds"))
+        limit = f"× {recorder.LIMIT:.2f}"
+        sheet.rows.append([layout, *seconds, f"{row['ratio']:.3f}", limit, row["verdict"]])
+    return sheet
 
 
 def _disturbed(names: list[str]) -> str:

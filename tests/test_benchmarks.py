@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attrfast import models, ops
-from benchmarks import contenders, gpu, gpu_picture, machine, passes, report
+from benchmarks import contenders, gpu, gpu_picture, machine, passes, recorder, report
 from benchmarks.kernels import COPY, OURS, measure
 
 LAYERS = {"features.0": 8, "features.3": 8, "features.7": 16, "features.10": 16}
@@ -110,6 +110,17 @@ def test_the_gpu_benchmark_on_the_cpu(tmp_path, monkeypatch):
     table = (tmp_path / "gpu.md").read_text()
     assert "| VGG-small | 2 | fp32 | floor |" in table
     assert "torch.compile" in table
+
+
+def test_the_recorder_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    result = recorder.measure("vgg_small", rounds=2, patience=0, say=lambda _: None)
+    for row in result["formats"].values():
+        assert len(row["all_plain"]) == len(row["all_recorded"]) == 2
+        assert row["ratio"] > 0
+        assert row["verdict"] in ("held", "missed", "disturbed")
+    report.write_markdown([report.recorder_sheet(result)])
+    assert "| channels_last |" in (tmp_path / "README.md").read_text()
 
 
 def test_a_kernel_is_judged_by_its_worst_large_tensor():
