@@ -224,7 +224,7 @@ def _count_poolings(module: Any, dtype: torch.dtype, out: dict[str, Run]) -> Non
             words = f"{_words(shape, last)}, {kernel[0]}x{kernel[1]} stride {stride[0]}"
             aligned = shape[1] != 37
             _allow_all(module)
-            p, code = backend.affine_relu_max_pool(**args)
+            p, code, _ = backend.affine_relu_max_pool(**args)
             _count(module, f"pool_{form}", "affine_relu_max_pool", args, words, out, aligned)
             args = {"p": p, "code": code, "g": p.clone(), "scale": vector, "size": shape[2:], **geometry}
             name = f"pool_backward_{form}"
