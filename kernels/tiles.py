@@ -287,6 +287,23 @@ def clamped(y, LOWER: tl.constexpr, UPPER: tl.constexpr):
 
 
 @triton.jit
+def affine(z, scale, shift, LOWER: tl.constexpr, UPPER: tl.constexpr):
+    if scale is not None:
+        z = z * scale
+    if shift is not None:
+        z = z + shift
+    return clamped(z, LOWER, UPPER)
+
+
+@triton.jit
+def counted(y, is_element, STORED: tl.constexpr):
+    """What elements add to a count when they are stored in that type: 1 unless they are zero then, NaN where
+    they are not finite; 0 for what is no element."""
+    stored = y.to(STORED).to(y.dtype)
+    return tl.where(is_element, tl.where(stored != 0, 1.0, 0.0) + 0.0 * stored, 0.0)
+
+
+@triton.jit
 def passed(a, g, LOWER: tl.constexpr, UPPER: tl.constexpr, GUIDED: tl.constexpr):
     """g where the clamp whose output is a lets it pass, else 0; NaN in a counts as inside."""
     blocked = (a <= tl.full([], LOWER, a.dtype)) | (a >= tl.full([], UPPER, a.dtype))
