@@ -169,9 +169,7 @@ class CudaBackend(LaunchingBackend):
             *self._queue(p),
         )
 
-    def _attribution(
-        self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool
-    ) -> None:
+    def _attribution(self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool) -> None:
         shape = shape_of(x, last)
         scratch = _scratch(self._launches.sums_scratch(*shape), x)
         self._launches.attribution(

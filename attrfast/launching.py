@@ -136,9 +136,7 @@ class LaunchingBackend(ABC):
         """Fills gz, and s if `attribute`."""
 
     @abstractmethod
-    def _attribution(
-        self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool
-    ) -> None:
+    def _attribution(self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool) -> None:
         """Fills s; without g, with the count of what is not zero."""
 
     # -- the ops -------------------------------------------------------------------------------------

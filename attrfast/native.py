@@ -115,9 +115,7 @@ class CpuBackend(LaunchingBackend):
             torch.get_num_threads(),
         )
 
-    def _attribution(
-        self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool
-    ) -> None:
+    def _attribution(self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool) -> None:
         _native.attribution(
             *shape_of(x, last), *map(pointer, (x, g, s)), absolute, torch.get_num_threads()
         )

@@ -26,9 +26,7 @@ class ReferenceBackend:
     def check_device(self, kind: str) -> None:
         """Every device can be worked on."""
 
-    def affine_relu(
-        self, z: Tensor, *args: Any, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def affine_relu(self, z: Tensor, *args: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, n = reference.affine_relu(z, *args)
         return (y if out is None else out.copy_(y)), n
 

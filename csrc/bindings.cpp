@@ -65,9 +65,9 @@ Pool pool_of(Two input, Two output, Two kernel, Two stride, Two padding) {
 void affine_relu(int dtype, int layout, int64_t n, int64_t c, int64_t p, Address z, Address scale,
                  Address shift, Address residual, Address y, Address count, double lower, double upper,
                  int threads) {
-  chosen->affine_relu(
-      static_cast<Dtype>(dtype), shape_of(n, c, p, layout),
-      {in(z), in(scale), in(shift), in(residual), out(y), out(count), lower, upper}, threads);
+  chosen->affine_relu(static_cast<Dtype>(dtype), shape_of(n, c, p, layout),
+                      {in(z), in(scale), in(shift), in(residual), out(y), out(count), lower, upper},
+                      threads);
 }
 
 void affine_relu_backward(int dtype, int layout, int64_t n, int64_t c, int64_t p, Address a, Address g,

@@ -22,6 +22,7 @@ from attrfast.kernels.tiles import (
     counted,
     cut_columns,
     cut_lines,
+    flat_columns,
     line_channels,
     line_tile,
     steps_down,
@@ -75,44 +76,8 @@ def affine_relu_lines(
         tl.store(count_ptr + line, tree_lines(count, LINES, WIDTH, LOG), mask=is_line)
 
 
-@triton.jit(do_not_specialize=["positions", "units", "blocks"])
-def affine_relu_columns(
-    z_ptr,
-    scale_ptr,
-    shift_ptr,
-    residual_ptr,
-    y_ptr,
-    positions,
-    units,
-    blocks,
-    LOWER: tl.constexpr,
-    UPPER: tl.constexpr,
-    WIDE: tl.constexpr,
-    UNIT: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Samples do not matter here: positions are those of all of them."""
-    _, piece, c0 = column_place(tl.cdiv(positions.to(tl.int64), HEIGHT), blocks, WIDTH)
-    channels = units.to(tl.int64) * UNIT
-    p = piece * HEIGHT + tl.arange(0, HEIGHT)
-    c = tl.arange(0, WIDTH)
-    is_channel = c < channels - c0
-    inside = (p < positions)[:, None] & is_channel[None, :]
-    offset = p[:, None] * channels + c0 + c[None, :]
-    y = tl.load(z_ptr + offset, mask=inside, other=0.0).to(WIDE)
-    if scale_ptr is not None:
-        y = y * tl.load(scale_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
-    if shift_ptr is not None:
-        y = y + tl.load(shift_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
-    if residual_ptr is not None:
-        y = y + tl.load(residual_ptr + offset, mask=inside, other=0.0).to(WIDE)
-    y = clamped(y, LOWER, UPPER).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offset, y, mask=inside)
-
-
 @triton.jit(do_not_specialize=["positions", "pieces", "units", "blocks"])
-def affine_relu_count_columns(
+def affine_relu_columns(
     z_ptr,
     scale_ptr,
     shift_ptr,
@@ -132,7 +97,7 @@ def affine_relu_count_columns(
     STEPS: tl.constexpr,
     LOG: tl.constexpr,
 ):
-    """Counts are of single samples, so a program stays in one."""
+    """A program that counts walks down one sample; without a count, one sample has the positions of all."""
     sample, piece, c0 = column_place(pieces, blocks, WIDTH)
     channels = units.to(tl.int64) * UNIT
     c = tl.arange(0, WIDTH)
@@ -142,7 +107,8 @@ def affine_relu_count_columns(
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
     count = tl.zeros([HEIGHT, WIDTH], WIDE)
-    for step in range(steps_down(positions, piece, HEIGHT, STEPS)):
+    steps = 1 if count_ptr is None else steps_down(positions, piece, HEIGHT, STEPS)
+    for step in range(steps):
         p = (piece * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
         inside = (p < positions)[:, None] & is_channel[None, :]
         offset = (sample * positions + p)[:, None] * channels + c0 + c[None, :]
@@ -155,9 +121,11 @@ def affine_relu_count_columns(
             y = y + tl.load(residual_ptr + offset, mask=inside, other=0.0).to(WIDE)
         y = clamped(y, LOWER, UPPER)
         tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
-        count += counted(y, inside, y_ptr.dtype.element_ty)
-    sums = tree_columns(count, HEIGHT, WIDTH, LOG)
-    tl.store(count_ptr + (sample * pieces + piece) * channels + c0 + c, sums, mask=is_channel)
+        if count_ptr is not None:
+            count += counted(y, inside, y_ptr.dtype.element_ty)
+    if count_ptr is not None:
+        sums = tree_columns(count, HEIGHT, WIDTH, LOG)
+        tl.store(count_ptr + (sample * pieces + piece) * channels + c0 + c, sums, mask=is_channel)
 
 
 def affine_relu(
@@ -188,35 +156,22 @@ def affine_relu(
 
     def run(config: Config, y: Tensor) -> None:
         config = scaled(config, z.dtype)
-        pointers = z, scale, shift, residual, y
-        if last and count is not None:
-            launch(
-                affine_relu_count_columns,
-                columns.programs(config.elements),
-                config.threads,
-                (*pointers, sums, positions, pieces, c // columns.unit, columns.blocks(config.elements)),
-                {**bounds, **columns.constants(config.elements)},
-            )
-            return
+        pointers = z, scale, shift, residual, y, sums
         if last:
-            # Samples are more positions.
-            flat = cut_columns(1, n * positions, c)
-            width = flat.width(config.elements)
-            height = max(1, config.elements // width)
-            blocks = flat.blocks(config.elements)
+            cut = columns if count is not None else flat_columns(n * positions, c, config.elements)
             launch(
                 affine_relu_columns,
-                -(-n * positions // height) * blocks,
+                cut.programs(config.elements),
                 config.threads,
-                (*pointers, n * positions, c // flat.unit, blocks),
-                {**bounds, "UNIT": flat.unit, "HEIGHT": height, "WIDTH": width},
+                (*pointers, cut.positions, cut.pieces, c // cut.unit, cut.blocks(config.elements)),
+                {**bounds, **cut.constants(config.elements)},
             )
             return
         launch(
             affine_relu_lines,
             lines.programs(config.elements),
             config.threads,
-            (*pointers, sums, lines.rows // lines.row_unit, positions // lines.unit, c),
+            (*pointers, lines.rows // lines.row_unit, positions // lines.unit, c),
             {**bounds, **lines.constants(config.elements), "LOG": lines.log()},
         )
 

@@ -3,7 +3,8 @@
     s[n, c] = sum over p of x * g, or of abs(x * g)
               number of p where x is not zero              without g
 
-Bytes: x and g once each, 2eT, which is the floor (eT without g); s and partial sums come to less than a hundredth.
+Bytes: x and g once each, 2eT, which is the floor (eT without g); s and partial sums come to less than a
+hundredth.
 """
 
 import torch
@@ -95,7 +96,10 @@ def attribution_columns(
 
 
 def attribution(x: Tensor, g: Tensor | None, s: Tensor, absolute: bool, last: bool) -> None:
-    """Writes s (N, C), contiguous; without g, a count. x and g lie alike: contiguous, or channels-last where `last`."""
+    """Writes s (N, C), contiguous; without g, a count.
+
+    x and g lie alike: contiguous, or channels-last where `last`.
+    """
     n, c = x.shape[:2]
     positions = x.shape[2:].numel()
     lines, columns = cut_lines(n * c, positions), cut_columns(n, positions, c)

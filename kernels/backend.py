@@ -133,9 +133,7 @@ class TritonBackend(LaunchingBackend):
                 p, code, g, scale, gz, s, _pool(windows), *bounds, guided, attribute, last
             )
 
-    def _attribution(
-        self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool
-    ) -> None:
+    def _attribution(self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool) -> None:
         with _place(x):
             flow.attribution(x, g, s, absolute, last)
 

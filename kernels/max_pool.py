@@ -31,6 +31,7 @@ from attrfast.kernels.tiles import (
     counted,
     cut_columns,
     cut_lines,
+    flat_columns,
     line_channels,
     line_rows,
     line_tile,
@@ -71,13 +72,13 @@ class Pool:
 
     def reach(self) -> tuple[int, int]:
         """Places from the start of a window on that are its own or lie before the next one's start."""
-        ends = []
-        for size, windows, kernel, stride, padding in zip(
-            (self.h, self.w), (self.rows, self.columns), self.kernel, self.stride, self.padding, strict=True
-        ):
-            left = size + padding - (windows - 1) * stride  # from the start of the last window on
-            ends.append(max(kernel, left, stride if windows > 1 else 0))
-        return ends[0], ends[1]
+
+        def along(axis: int, size: int, windows: int) -> int:
+            stride = self.stride[axis]
+            left = size + self.padding[axis] - (windows - 1) * stride  # from the last window's start on
+            return max(self.kernel[axis], left, stride if windows > 1 else 0)
+
+        return along(0, self.h, self.rows), along(1, self.w, self.columns)
 
     def big(self, planes: int) -> bool:
         """Whether places in so many planes take 64 bits, with room for what is added to them."""
@@ -253,145 +254,8 @@ def max_pool_lines(
         tl.store(count_ptr + line, tree_lines(count, LINES, WIDTH, LOG), mask=is_line)
 
 
-@triton.jit
-def pooled_columns(
-    z_ptr,
-    scale,
-    shift,
-    start,
-    oy,
-    ox,
-    c0,
-    channels,
-    inside,
-    h,
-    w,
-    rows,
-    columns,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SY: tl.constexpr,
-    SX: tl.constexpr,
-    PY: tl.constexpr,
-    PX: tl.constexpr,
-    TALL: tl.constexpr,
-    BROAD: tl.constexpr,
-    UNROLL: tl.constexpr,
-    LOWER: tl.constexpr,
-    UPPER: tl.constexpr,
-    WIDE: tl.constexpr,
-    STORED: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    """Maxima, codes and counts of a tile of windows (oy, ox), of samples that begin at the rows `start`."""
-    c = tl.arange(0, WIDTH)
-    top, left = oy * SY - PY, ox * SX - PX
-    best = tl.full([HEIGHT, WIDTH], float("-inf"), WIDE)
-    code = (tl.maximum(-top, 0) * KW + tl.maximum(-left, 0)).to(tl.int32)
-    code = code[:, None] + tl.zeros([HEIGHT, WIDTH], tl.int32)
-    count = tl.zeros([HEIGHT, WIDTH], WIDE)
-    for k in tl.range(TALL * BROAD, loop_unroll_factor=UNROLL):
-        ky, kx = k // BROAD, k % BROAD
-        iy, ix = top + ky, left + kx
-        there = (iy >= 0) & (iy < h) & (ix >= 0) & (ix < w)
-        pixel = ((start + iy) * w + ix).to(tl.int64)
-        offset = pixel[:, None] * channels + c0 + c[None, :]
-        taken = inside & there[:, None]
-        z = tl.load(z_ptr + offset, mask=taken, other=0.0).to(WIDE)
-        y = affine(z, scale, shift, LOWER, UPPER)
-        if COUNT:
-            mine = ((ky < SY) | (oy == rows - 1)) & ((kx < SX) | (ox == columns - 1))
-            count += counted(y, taken & mine[:, None], STORED)
-            taken = taken & (ky < KH) & (kx < KW)
-        best, code = winner(best, code, y, ky * KW + kx, taken)
-    return best, code, count
-
-
-@triton.jit(do_not_specialize=["positions", "units", "blocks", "h", "w", "rows", "columns"])
-def max_pool_columns(
-    z_ptr,
-    scale_ptr,
-    shift_ptr,
-    p_ptr,
-    code_ptr,
-    positions,
-    units,
-    blocks,
-    h,
-    w,
-    rows,
-    columns,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SY: tl.constexpr,
-    SX: tl.constexpr,
-    PY: tl.constexpr,
-    PX: tl.constexpr,
-    TALL: tl.constexpr,
-    BROAD: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BIG: tl.constexpr,
-    LOWER: tl.constexpr,
-    UPPER: tl.constexpr,
-    WIDE: tl.constexpr,
-    UNIT: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Positions are the windows of all samples."""
-    _, piece, c0 = column_place(tl.cdiv(positions.to(tl.int64), HEIGHT), blocks, WIDTH)
-    channels = units.to(tl.int64) * UNIT
-    window = piece * HEIGHT + tl.arange(0, HEIGHT)
-    if not BIG:
-        window = window.to(tl.int32)
-    c = tl.arange(0, WIDTH)
-    is_channel = c < channels - c0
-    inside = (window < positions)[:, None] & is_channel[None, :]
-    scale, shift = None, None
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
-    if shift_ptr is not None:
-        shift = tl.load(shift_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
-    best, code, _ = pooled_columns(
-        z_ptr,
-        scale,
-        shift,
-        window // columns // rows * h,
-        (window // columns) % rows,
-        window % columns,
-        c0,
-        channels,
-        inside,
-        h,
-        w,
-        rows,
-        columns,
-        KH,
-        KW,
-        SY,
-        SX,
-        PY,
-        PX,
-        TALL,
-        BROAD,
-        UNROLL,
-        LOWER,
-        UPPER,
-        WIDE,
-        p_ptr.dtype.element_ty,
-        HEIGHT,
-        WIDTH,
-        False,
-    )
-    offset = window.to(tl.int64)[:, None] * channels + c0 + c[None, :]
-    tl.store(p_ptr + offset, best.to(p_ptr.dtype.element_ty), mask=inside)
-    tl.store(code_ptr + offset, code.to(tl.uint8), mask=inside)
-
-
 @triton.jit(do_not_specialize=["positions", "pieces", "units", "blocks", "h", "w", "rows", "columns"])
-def max_pool_count_columns(
+def max_pool_columns(
     z_ptr,
     scale_ptr,
     shift_ptr,
@@ -425,7 +289,8 @@ def max_pool_count_columns(
     STEPS: tl.constexpr,
     LOG: tl.constexpr,
 ):
-    """Positions are the windows of one sample: counts are of single samples, so a program stays in one."""
+    """Positions are windows. A program that counts walks down one sample; without a count, one sample has
+    the windows of all."""
     sample, piece, c0 = column_place(pieces, blocks, WIDTH)
     channels = units.to(tl.int64) * UNIT
     c = tl.arange(0, WIDTH)
@@ -438,49 +303,38 @@ def max_pool_count_columns(
     start = sample * h
     if not BIG:
         start = start.to(tl.int32)
-    total = tl.zeros([HEIGHT, WIDTH], WIDE)
-    for step in range(steps_down(positions, piece, HEIGHT, STEPS)):
+    count = tl.zeros([HEIGHT, WIDTH], WIDE)
+    steps = 1 if count_ptr is None else steps_down(positions, piece, HEIGHT, STEPS)
+    for step in range(steps):
         window = (piece * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
         if not BIG:
             window = window.to(tl.int32)
         inside = (window < positions)[:, None] & is_channel[None, :]
-        best, code, count = pooled_columns(
-            z_ptr,
-            scale,
-            shift,
-            start,
-            window // columns,
-            window % columns,
-            c0,
-            channels,
-            inside,
-            h,
-            w,
-            rows,
-            columns,
-            KH,
-            KW,
-            SY,
-            SX,
-            PY,
-            PX,
-            TALL,
-            BROAD,
-            UNROLL,
-            LOWER,
-            UPPER,
-            WIDE,
-            p_ptr.dtype.element_ty,
-            HEIGHT,
-            WIDTH,
-            True,
-        )
+        oy, ox = (window // columns) % rows, window % columns
+        top, left = oy * SY - PY, ox * SX - PX
+        above = start + window // columns // rows * h
+        best = tl.full([HEIGHT, WIDTH], float("-inf"), WIDE)
+        code = (tl.maximum(-top, 0) * KW + tl.maximum(-left, 0)).to(tl.int32)
+        code = code[:, None] + tl.zeros([HEIGHT, WIDTH], tl.int32)
+        for k in tl.range(TALL * BROAD, loop_unroll_factor=UNROLL):
+            ky, kx = k // BROAD, k % BROAD
+            iy, ix = top + ky, left + kx
+            taken = inside & ((iy >= 0) & (iy < h) & (ix >= 0) & (ix < w))[:, None]
+            pixel = ((above + iy) * w + ix).to(tl.int64)
+            offset = pixel[:, None] * channels + c0 + c[None, :]
+            z = tl.load(z_ptr + offset, mask=taken, other=0.0).to(WIDE)
+            y = affine(z, scale, shift, LOWER, UPPER)
+            if count_ptr is not None:
+                mine = ((ky < SY) | (oy == rows - 1)) & ((kx < SX) | (ox == columns - 1))
+                count += counted(y, taken & mine[:, None], p_ptr.dtype.element_ty)
+                taken = taken & (ky < KH) & (kx < KW)
+            best, code = winner(best, code, y, ky * KW + kx, taken)
         offset = (sample * positions + window)[:, None] * channels + c0 + c[None, :]
         tl.store(p_ptr + offset, best.to(p_ptr.dtype.element_ty), mask=inside)
         tl.store(code_ptr + offset, code.to(tl.uint8), mask=inside)
-        total += count
-    sums = tree_columns(total, HEIGHT, WIDTH, LOG)
-    tl.store(count_ptr + (sample * pieces + piece) * channels + c0 + c, sums, mask=is_channel)
+    if count_ptr is not None:
+        sums = tree_columns(count, HEIGHT, WIDTH, LOG)
+        tl.store(count_ptr + (sample * pieces + piece) * channels + c0 + c, sums, mask=is_channel)
 
 
 def affine_relu_max_pool(
@@ -516,52 +370,36 @@ def affine_relu_max_pool(
     window = {**pool.constants(), "TALL": tall, "BROAD": broad, "UNROLL": unroll}
 
     def run(config: Config, p: Tensor, code: Tensor) -> None:
+        size: tuple[int, ...]
         config = scaled(config, z.dtype, 2 if pool.pairs or last else 4)
-        pointers = z, scale, shift, p, code
-        size = pool.h, pool.w, pool.rows, pool.columns
-        if last and count is not None:
-            launch(
-                max_pool_count_columns,
-                columns.programs(config.elements),
-                config.threads,
-                (
-                    *(*pointers, sums, windows, pieces, c // columns.unit),
-                    *(columns.blocks(config.elements), *size),
-                ),
-                {**chosen, **window, **columns.constants(config.elements), "BIG": pool.big(n)},
-            )
-            return
+        pointers = z, scale, shift, p, code, sums
         if last:
-            flat = cut_columns(1, n * windows, c)
-            width = flat.width(config.elements)
-            height = max(1, config.elements // width)
-            blocks = flat.blocks(config.elements)
+            cut = columns if count is not None else flat_columns(n * windows, c, config.elements)
+            numbers = cut.positions, cut.pieces, c // cut.unit, cut.blocks(config.elements)
             launch(
                 max_pool_columns,
-                -(-n * windows // height) * blocks,
+                cut.programs(config.elements),
                 config.threads,
-                (*pointers, n * windows, c // flat.unit, blocks, *size),
-                {
-                    **chosen,
-                    **window,
-                    "BIG": pool.big(n),
-                    "UNIT": flat.unit,
-                    "HEIGHT": height,
-                    "WIDTH": width,
-                },
+                (*pointers, *numbers, pool.h, pool.w, pool.rows, pool.columns),
+                {**chosen, **window, **cut.constants(config.elements), "BIG": pool.big(n)},
             )
             return
-        constants = {**chosen, **lines.constants(config.elements), "BIG": pool.big(1), "LOG": lines.log()}
+        constants = {
+            **chosen,
+            **lines.constants(config.elements),
+            "BIG": pool.big(1),
+            "LOG": lines.log(),
+        }
         del constants["FLAT"]
-        numbers: tuple[int, ...] = (lines.rows // lines.row_unit, windows // lines.unit, c, pool.h)
         if pool.pairs:
             unit = power_in(pool.w)
-            kernel, numbers = max_pool_pairs, (*numbers, pool.w // unit)
+            kernel, size = max_pool_pairs, (pool.h, pool.w // unit)
             constants["W_UNIT"] = unit
         else:
-            kernel, numbers = max_pool_lines, (*numbers, pool.w, pool.rows, pool.columns)
+            kernel, size = max_pool_lines, (pool.h, pool.w, pool.rows, pool.columns)
             constants |= window
-        args = (*pointers, sums, *numbers)
+        rows = lines.rows // lines.row_unit
+        args = (*pointers, rows, windows // lines.unit, c, *size)
         launch(kernel, lines.programs(config.elements), config.threads, args, constants)
 
     given = scale is not None, shift is not None, count is not None, pool.kernel, pool.stride

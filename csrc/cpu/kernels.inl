@@ -163,8 +163,8 @@ static void affine_relu_typed(const Shape& shape, const AffineRelu& op, int thre
     sum_channels_last<C>(shape, count, true, threads, [=](int64_t start, C* acc) {
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c)
-        acc[c] += forward_element<T, kResidual, true>(z, r, y, start + c, scale[c], shift[c], lower,
-                                                      upper);
+        acc[c] +=
+            forward_element<T, kResidual, true>(z, r, y, start + c, scale[c], shift[c], lower, upper);
     });
     return;
   }

@@ -123,8 +123,8 @@ static void max_pool_typed(const Shape& shape, const Pool& pool, const AffineRel
         for (int64_t i = own.first * pool.w; i < own.last * pool.w; ++i) {
 #pragma omp simd
           for (int64_t c = 0; c < width; ++c)
-            sum[c] +=
-                counted<T>(E::store(clamp(E::load(z[i * width + c]) * scale[c] + shift[c], lower, upper)));
+            sum[c] += counted<T>(
+                E::store(clamp(E::load(z[i * width + c]) * scale[c] + shift[c], lower, upper)));
         }
       }
     }

@@ -83,12 +83,12 @@ inline void bind(pybind11::module_& m) {
       [](int dtype, int layout, int64_t n, int64_t c, Two input, Two output, Two kernel, Two stride,
          Two padding, Address z, Address scale, Address shift, Address p, Address code, Address count,
          double lower, double upper, Address scratch, int device, Address stream) {
-        affine_relu_max_pool(
-            static_cast<Dtype>(dtype), shape_of(n, c, output.first * output.second, layout),
-            pool_of(input, output, kernel, stride, padding),
-            {in(z), in(scale), in(shift), out(p), static_cast<uint8_t*>(out(code)), out(count), lower,
-             upper},
-            doubles(scratch), {device, stream});
+        affine_relu_max_pool(static_cast<Dtype>(dtype),
+                             shape_of(n, c, output.first * output.second, layout),
+                             pool_of(input, output, kernel, stride, padding),
+                             {in(z), in(scale), in(shift), out(p), static_cast<uint8_t*>(out(code)),
+                              out(count), lower, upper},
+                             doubles(scratch), {device, stream});
       },
       unlocked);
   m.def(

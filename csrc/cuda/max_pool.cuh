@@ -128,7 +128,8 @@ __device__ void count_tile(const AffineReluMaxPool& op, const Shape& shape, cons
     const T* z = static_cast<const T*>(op.z) + (band.plane * h + top) * pool.w;
     const int64_t there = (bottom - top) * pool.w, end = (own - top) * pool.w;
     C sum = 0;
-    for (int64_t i = threadIdx.x; i < end; i += kThreads) sum += one(i < there ? tile[i] : read(z + i), a, b);
+    for (int64_t i = threadIdx.x; i < end; i += kThreads)
+      sum += one(i < there ? tile[i] : read(z + i), a, b);
     const double total = block_sum(sum, shared);
     if (threadIdx.x == 0) sums.put(band.plane, band.piece, total);
     return;
@@ -295,7 +296,8 @@ __global__ void __launch_bounds__(kThreads, 2)
           if (y < 0 || y >= h || x < 0 || x >= w) continue;
           // A place is counted by the last window that begins before it, whose own it need not be.
           const bool own = !kCount || (ky < window.kernel(0) && kx < window.kernel(1));
-          const bool mine = kCount && (ky < window.stride(0) || last_y) && (kx < window.stride(1) || last_x);
+          const bool mine =
+              kCount && (ky < window.stride(0) || last_y) && (kx < window.stride(1) || last_x);
           if (!own && !mine) continue;
           C value[V];
           load_slot<T, V>(z + ((work.plane * h + y) * w + x) * step + work.c, all, value);

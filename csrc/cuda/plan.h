@@ -122,7 +122,7 @@ struct PoolCut {
   int64_t items, pieces;  // pieces: of one plane
   int64_t planes;         // of an item
   int64_t band;           // rows of windows of an item
-  int group;              // neighbouring threads that add up a plane: its input forward, its windows back
+  int group;  // neighbouring threads that add up a plane: its input forward, its windows back
   Cut direct;
 };
 
