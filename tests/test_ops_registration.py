@@ -32,7 +32,7 @@ def samples(op: str) -> dict[str, Call]:
             op, shape, torch.float64, layouts=("reversed", "contiguous"), bounds=(None, 6.0), attribute=2
         ),
         "little": make_call(
-            op, (1, 1, 1, 2), scale=False, shift=False, residual=False, attribute=0,
+            op, (1, 1, 1, 2), scale=False, shift=False, residual=False, attribute=0, count=False,
             pool=([1, 1], [1, 1], [0, 0], True),
         ),
     }  # fmt: skip
