@@ -99,6 +99,8 @@ def affine_relu_columns(
 ):
     """A program that counts walks down one sample; without a count, one sample has the positions of all."""
     sample, piece, c0 = column_place(pieces, blocks, WIDTH)
+    if count_ptr is None:
+        sample = 0
     channels = units.to(tl.int64) * UNIT
     c = tl.arange(0, WIDTH)
     is_channel = c < channels - c0

@@ -149,8 +149,8 @@ def max_pool_pairs(
         best, code = winner(best, code, even, 2 * ky, inside)
         best, code = winner(best, code, odd, 2 * ky + 1, inside)
         if count_ptr is not None:
-            STORED: tl.constexpr = p_ptr.dtype.element_ty
-            count += counted(even, inside, STORED) + counted(odd, inside, STORED)
+            count += counted(even, inside, p_ptr.dtype.element_ty)
+            count += counted(odd, inside, p_ptr.dtype.element_ty)
     tl.store(p_ptr + base + offset, best.to(p_ptr.dtype.element_ty), mask=inside)
     tl.store(code_ptr + base + offset, code.to(tl.uint8), mask=inside)
     if count_ptr is not None:
@@ -292,6 +292,8 @@ def max_pool_columns(
     """Positions are windows. A program that counts walks down one sample; without a count, one sample has
     the windows of all."""
     sample, piece, c0 = column_place(pieces, blocks, WIDTH)
+    if count_ptr is None:
+        sample = 0
     channels = units.to(tl.int64) * UNIT
     c = tl.arange(0, WIDTH)
     is_channel = c < channels - c0

@@ -124,9 +124,10 @@ static inline Compute<T> forward_element(const T* z, const T* r, T* y, int64_t i
   using E = Element<T>;
   Compute<T> v = E::load(z[i]) * scale + shift;
   if (kResidual) v += E::load(r[i]);
-  const T stored = E::store(clamp(v, lower, upper));
-  y[i] = stored;
-  return kCount ? counted<T>(stored) : 0;
+  v = clamp(v, lower, upper);
+  // Stored twice in words: GCC does not vectorise loops with a variable of the 16-bit structs.
+  y[i] = E::store(v);
+  return kCount ? counted<T>(E::store(v)) : 0;
 }
 
 template <class T, bool kResidual, bool kCount>
