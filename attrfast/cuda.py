@@ -75,14 +75,18 @@ class CudaBackend(LaunchingBackend):
         shift: Tensor | None,
         residual: Tensor | None,
         y: Tensor,
+        count: Tensor | None,
         lower: float,
         upper: float,
     ) -> None:
+        shape = shape_of(z, last)
+        scratch = _scratch(0 if count is None else self._launches.sums_scratch(*shape), z)
         self._launches.affine_relu(
-            *shape_of(z, last),
-            *map(pointer, (z, scale, shift, residual, y)),
+            *shape,
+            *map(pointer, (z, scale, shift, residual, y, count)),
             lower,
             upper,
+            pointer(scratch),
             *self._queue(z),
         )
 
@@ -122,16 +126,19 @@ class CudaBackend(LaunchingBackend):
         shift: Tensor | None,
         p: Tensor,
         code: Tensor,
+        count: Tensor | None,
         windows: Windows,
         lower: float,
         upper: float,
     ) -> None:
+        shape = (*shape_of(z, last)[:4], *windows)
+        scratch = _scratch(0 if count is None else self._launches.pool_scratch(*shape), z)
         self._launches.affine_relu_max_pool(
-            *shape_of(z, last)[:4],
-            *windows,
-            *map(pointer, (z, scale, shift, p, code)),
+            *shape,
+            *map(pointer, (z, scale, shift, p, code, count)),
             lower,
             upper,
+            pointer(scratch),
             *self._queue(z),
         )
 
@@ -151,7 +158,7 @@ class CudaBackend(LaunchingBackend):
         attribute: bool,
     ) -> None:
         shape = (*shape_of(p, last)[:4], *windows)
-        scratch = _scratch(self._launches.pool_scratch(*shape) if attribute else 0, p)
+        scratch = _scratch(self._launches.pool_backward_scratch(*shape) if attribute else 0, p)
         self._launches.affine_relu_max_pool_backward(
             *shape,
             *map(pointer, (p, code, g, scale, gz, s if attribute else None)),
@@ -162,7 +169,7 @@ class CudaBackend(LaunchingBackend):
             *self._queue(p),
         )
 
-    def _attribution(self, x: Tensor, last: bool, g: Tensor, s: Tensor, absolute: bool) -> None:
+    def _attribution(self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool) -> None:
         shape = shape_of(x, last)
         scratch = _scratch(self._launches.sums_scratch(*shape), x)
         self._launches.attribution(

@@ -21,6 +21,7 @@ from attrfast.convolution import Geometry, each, input_gradient
 from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import Plan
 from attrfast.layouts import channels_lie_together, empty_laid
+from attrfast.map_statistics import Counted
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.reference import compute_dtype
 from attrfast.signatures import batch_norm_arguments, bound_arguments
@@ -66,6 +67,8 @@ class _Run:
         self.buffers: Buffers | None = None
         self.x_like: tuple[torch.Size, tuple[int, ...], torch.dtype] | None = None
         self.size: list[int] = []
+        self.counted: Counted | None = None  # who wants to know what its ReLU leaves
+        self.counts: list[Tensor] = []  # of each part, (N, C)
 
     @property
     def clamps(self) -> bool:
@@ -218,22 +221,24 @@ def _forward_part(
 ) -> tuple[Tensor, Tensor | None]:
     """What a stage makes of a convolution's output, in its memory or into `out`; and codes of a pooling."""
     backend = ops.backend_for(z.device)
+    count = run.counted is not None
     if run.pool is not None:
         kernel, stride, padding, ceil_mode = run.pool
-        p, code = backend.affine_relu_max_pool(
-            z, run.scale, run.shift, kernel, stride, padding, ceil_mode, run.lower, run.upper
+        p, code, n = backend.affine_relu_max_pool(
+            z, run.scale, run.shift, kernel, stride, padding, ceil_mode, run.lower, run.upper, count
         )
+        run.counts.append(n)
         return p, code
     plain = run.scale is None and residual is None and not run.clamps
     if plain:
         return z, None
-    bounds = run.lower, run.upper
-    if out is not None:
-        return backend.affine_relu(z, run.scale, run.shift, residual, *bounds, out=out), None
-    if run.stage.owned:
-        backend.affine_relu_(z, run.scale, run.shift, residual, *bounds)
-        return z, None
-    return backend.affine_relu(z, run.scale, run.shift, residual, *bounds), None
+    given = z, run.scale, run.shift, residual, run.lower, run.upper, count
+    if out is None and run.stage.owned:
+        y, n = z, backend.affine_relu_(*given)
+    else:
+        y, n = backend.affine_relu(*given, out=out)
+    run.counts.append(n)
+    return y, None
 
 
 def _backward(
@@ -278,7 +283,8 @@ def _backward(
     if fresh and run.stage.residual is None:
         backend.affine_relu_(g, scale, None, None, -INF, INF)
         return g, g, g
-    return backend.affine_relu(g, scale, None, None, -INF, INF), g, g
+    gz, _ = backend.affine_relu(g, scale, None, None, -INF, INF)
+    return gz, g, g
 
 
 def _later(convolve: Callable[[Tensor], Tensor], x: Tensor, step: int) -> Iterator[Tensor]:
@@ -348,6 +354,7 @@ class PlanMode(CallMode):
         self.follower = Follower(model, plan.calls)
         self.numbering = self.follower.numbering
         self.running: dict[int, _Run] = {}  # stages under way, by the value they have reached
+        self.counted: Counted | None = None  # for the call that comes next
 
     def meet(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -378,6 +385,15 @@ class PlanMode(CallMode):
             self.numbering.values.put(out, value)
         return out
 
+    def count_next(self, counted: Counted) -> bool:
+        """Whether the next call is a ReLU whose stage counts what it leaves, and tells `counted` of it."""
+        index = self.follower.index
+        stage = self.plan.stages.get(index)
+        if stage is None or stage.roles[index] != "relu":
+            return False
+        self.counted = counted
+        return True
+
     def held(self, x: Tensor) -> Tensor:
         """What x will hold: inside a stage that has yet to run, its memory is right in shape alone."""
         value = self.numbering.values.get(x)
@@ -393,7 +409,7 @@ class PlanMode(CallMode):
         scale, shift = (None if t is None else t.to(wide) for t in (run.scale, run.shift))
         relu = ops.backend_for(run.z.device).affine_relu
         # A stage that goes on after its ReLU has a pooling, and so no addition.
-        made = [relu(part, scale, shift, None, run.lower, run.upper) for part in parts]
+        made = [relu(part, scale, shift, None, run.lower, run.upper)[0] for part in parts]
         return made[0] if len(made) == 1 else torch.cat(made)
 
     # -- calls outside stages ------------------------------------------------------------------------
@@ -459,6 +475,7 @@ class PlanMode(CallMode):
             if first:
                 self._start(run, index, args[0] if args else kwargs["input"])
             run.lower, run.upper = 0.0, stage.upper
+            run.counted, self.counted = self.counted, None
         elif role == "pool":
             if first:
                 self._start(run, index, args[0] if args else kwargs["input"])
@@ -541,10 +558,15 @@ class PlanMode(CallMode):
             run.through = self.columns[value], self.plan.through[value]
         if value in self.plan.branch:
             run.branch = self.columns[value], self.plan.branch[value]
+        positions = run.z.shape[2:].numel()
         needed = x.requires_grad or (residual is not None and residual.requires_grad)
         if needed or run.through is not None or run.branch is not None:
             out = _Fused.apply(x, residual, self.anchor, run)
             assert isinstance(out, torch.Tensor)
-            return out
-        with torch.no_grad():
-            return _forward(run, residual)[0]
+        else:
+            with torch.no_grad():
+                out, _ = _forward(run, residual)
+        if run.counted is not None:
+            run.counted(torch.cat(run.counts), positions)
+        run.counts.clear()
+        return out

@@ -35,9 +35,10 @@ def _pair(values: Sequence[int]) -> Pair:
     return int(first), int(second)
 
 
-def sums(x: Tensor) -> Tensor:
-    """New memory for one sum a sample and channel."""
-    return torch.empty(x.shape[:2], dtype=compute_dtype(x.dtype), device=x.device)
+def sums(x: Tensor, wanted: bool = True) -> Tensor:
+    """New memory for one sum a sample and channel, or none of it."""
+    shape = x.shape[:2] if wanted else (0,)
+    return torch.empty(shape, dtype=compute_dtype(x.dtype), device=x.device)
 
 
 def _vector(v: Tensor | None) -> Tensor | None:
@@ -76,10 +77,11 @@ class LaunchingBackend(ABC):
         shift: Tensor | None,
         residual: Tensor | None,
         y: Tensor,
+        count: Tensor | None,
         lower: float,
         upper: float,
     ) -> None:
-        """Fills y, which may be z."""
+        """Fills y, which may be z, and count where it is given."""
 
     @abstractmethod
     def _backward(
@@ -108,11 +110,12 @@ class LaunchingBackend(ABC):
         shift: Tensor | None,
         p: Tensor,
         code: Tensor,
+        count: Tensor | None,
         windows: Windows,
         lower: float,
         upper: float,
     ) -> None:
-        """Fills p and code."""
+        """Fills p and code, and count where it is given."""
 
     @abstractmethod
     def _max_pool_backward(
@@ -133,8 +136,8 @@ class LaunchingBackend(ABC):
         """Fills gz, and s if `attribute`."""
 
     @abstractmethod
-    def _attribution(self, x: Tensor, last: bool, g: Tensor, s: Tensor, absolute: bool) -> None:
-        """Fills s."""
+    def _attribution(self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool) -> None:
+        """Fills s; without g, with the count of what is not zero."""
 
     # -- the ops -------------------------------------------------------------------------------------
 
@@ -146,10 +149,12 @@ class LaunchingBackend(ABC):
         residual: Tensor | None = None,
         lower: float = 0.0,
         upper: float = INF,
-    ) -> None:
+        count: bool = False,
+    ) -> Tensor:
         x, last = common(z)
-        self._forward(x, last, scale, shift, residual, x, lower, upper)
+        n = self._forward(x, last, scale, shift, residual, x, lower, upper, count)
         put_back(z, x)
+        return n
 
     def affine_relu(
         self,
@@ -159,14 +164,14 @@ class LaunchingBackend(ABC):
         residual: Tensor | None = None,
         lower: float = 0.0,
         upper: float = INF,
+        count: bool = False,
         *,
         out: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Into `out` where it is given: of z's shape and dtype, and dense in the layout that z has."""
         x, last = common(z)
         y = empty_laid(x, last, x.shape) if out is None else out
-        self._forward(x, last, scale, shift, residual, y, lower, upper)
-        return y
+        return y, self._forward(x, last, scale, shift, residual, y, lower, upper, count)
 
     def _forward(
         self,
@@ -178,11 +183,19 @@ class LaunchingBackend(ABC):
         y: Tensor,
         lower: float,
         upper: float,
-    ) -> None:
+        count: bool,
+    ) -> Tensor:
         if residual is not None:
             residual = laid(residual, last)
+        n = sums(x, count)
         if x.numel():
-            self._affine_relu(x, last, _vector(scale), _vector(shift), residual, y, lower, upper)
+            self._affine_relu(
+                *(x, last, _vector(scale), _vector(shift), residual, y),
+                *(n if count else None, lower, upper),
+            )
+        elif count:
+            n.zero_()
+        return n
 
     def affine_relu_backward_(
         self,
@@ -288,16 +301,21 @@ class LaunchingBackend(ABC):
         ceil_mode: bool = False,
         lower: float = 0.0,
         upper: float = INF,
-    ) -> tuple[Tensor, Tensor]:
+        count: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         z, last = common(z)
         size = z.shape[2:]
         pooled = [pooled_size(size[i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)]
         p = empty_laid(z, last, (*z.shape[:2], *pooled))
         code = empty_laid(z, last, p.shape, torch.uint8)
         windows = Windows(*map(_pair, (size, pooled, kernel, stride, padding)))
+        n = sums(z, count)
         if p.numel():
-            self._max_pool(z, last, _vector(scale), _vector(shift), p, code, windows, lower, upper)
-        return p, code
+            self._max_pool(
+                *(z, last, _vector(scale), _vector(shift), p, code),
+                *(n if count else None, windows, lower, upper),
+            )
+        return p, code, n
 
     def affine_relu_max_pool_backward(
         self,
@@ -329,8 +347,14 @@ class LaunchingBackend(ABC):
         return gz, s
 
     def attribution(self, x: Tensor, g: Tensor, absolute: bool = False) -> Tensor:
+        return self._sums(x, g, absolute)
+
+    def count_nonzero(self, x: Tensor) -> Tensor:
+        return self._sums(x, None, False)
+
+    def _sums(self, x: Tensor, g: Tensor | None, absolute: bool) -> Tensor:
         x, last = common(x)
-        g = laid(g, last)
+        g = None if g is None else laid(g, last)
         s = sums(x)
         if x.numel():
             self._attribution(x, last, g, s, absolute)

@@ -3,18 +3,20 @@
 The maps of a unit are its channels in the outputs of ReLUs, one for every call and channel. A unit that no
 ReLU follows has its maps where its readers read them. Places belong to calls of a recorded pass, so modules
 that are called several times, functional calls and calls in place are all met. Must not know what is
-computed from a map, beyond that it is one number.
+computed from a map, beyond that it is one number; but one such number kernels take while they make the map.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from attrfast import ops
 from attrfast.flow import Analysis
 from attrfast.following import Follower
 from attrfast.labels import NONE
@@ -26,6 +28,33 @@ from attrfast.units import Units, reader_weights
 # Maps (N, C, positions...) -> one number a map, (N, C) floating.
 Statistic = Callable[[torch.Tensor], torch.Tensor]
 ChannelsOf = dict[int, tuple[int, torch.Tensor]]
+# Takes how many positions of maps are not zero, (N, C), as `attrfast.reference.affine_relu` counts, and of
+# how many.
+Counted = Callable[[torch.Tensor, int], None]
+
+
+def share_not_zero(maps: torch.Tensor) -> torch.Tensor:
+    """Share of each map's positions that are not exactly zero: (N, C, positions...) -> (N, C) float64.
+
+    This statistic itself, not one like it, is what `MapMode` has counted while a map is made.
+    """
+    maps = maps if maps.dim() <= 5 else maps.flatten(4)
+    count = ops.backend_for(maps.device).count_nonzero(maps)
+    return _share(count, maps.shape[2:].numel())
+
+
+def _share(count: torch.Tensor, positions: int) -> torch.Tensor:
+    return count.to(torch.float64) / max(1, positions)
+
+
+class Source(Protocol):
+    """What a `MapMode` asks of the mode below it, which may make maps in a way of its own."""
+
+    def held(self, x: torch.Tensor) -> torch.Tensor:
+        """Of a tensor that the mode below returned: with the values that it stands for."""
+
+    def count_next(self, counted: Counted) -> bool:
+        """Whether the call that comes next counts its output, and tells `counted`, then or later."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +144,7 @@ class MapMode(CallMode):
         places: where its maps are.
         statistics: what is measured of each map.
         samples: N.
-        held: of a tensor that the mode below returned: with the values that it stands for.
+        source: the mode below.
 
     Raises:
         PlanMismatchError: within the pass, when the model makes another call than the recorded one.
@@ -127,10 +156,10 @@ class MapMode(CallMode):
         places: Places,
         statistics: Sequence[Statistic],
         samples: int,
-        held: Callable[[torch.Tensor], torch.Tensor],
+        source: Source,
     ) -> None:
         super().__init__()
-        self.places, self.statistics, self.samples, self.held = places, statistics, samples, held
+        self.places, self.statistics, self.samples, self.source = places, statistics, samples, source
         self.follower = Follower(model, places.calls)
         device = places.count.device
         self.sums = [ScoreMatrix(len(places.count), samples, device=device) for _ in statistics]
@@ -147,22 +176,49 @@ class MapMode(CallMode):
         call = self.follower.meet(name, args, kwargs)
         if call.index in self.places.read:
             self._measure(args[0] if args else kwargs["input"], self.places.read[call.index])
+        place = self.places.made.get(call.index)
+        counted = place is not None and self._is_counted(place)
         out = func(*args, **kwargs)
         made = self.follower.leave(call, out, args, kwargs)
-        if call.index in self.places.made:
-            self._measure(made[0], self.places.made[call.index])
+        if place is not None:
+            self._measure(made[0], place, counted)
         return out
 
-    def _measure(self, x: torch.Tensor, place: Place) -> None:
+    def _is_counted(self, place: Place) -> bool:
+        """Whether `share_not_zero`, where it is wanted, comes of the next call itself."""
+        wanted = place.dim == 1 and share_not_zero in self.statistics
+        return wanted and self.source.count_next(functools.partial(self._add_share, place))
+
+    def _add_share(self, place: Place, count: torch.Tensor, positions: int) -> None:
+        for statistic, matrix in zip(self.statistics, self.sums, strict=True):
+            if statistic is share_not_zero:
+                self._add(matrix, place, _share(count, positions))
+
+    def _measure(self, x: torch.Tensor, place: Place, counted: bool = False) -> None:
+        left = [
+            (statistic, matrix)
+            for statistic, matrix in zip(self.statistics, self.sums, strict=True)
+            if not (counted and statistic is share_not_zero)
+        ]
+        if not left:
+            return
         # What is computed here is no call of the model's, for the modes below.
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            x = self.held(x).detach()
+            x = self.source.held(x).detach()
             maps = x.unsqueeze(0) if place.dim == 0 else x.movedim(place.dim, 1)
-            positions, wide = tuple(range(2, maps.dim())), torch.promote_types(x.dtype, torch.float32)
-            total = maps.sum(positions, dtype=wide) if positions else maps
-            for statistic, matrix in zip(self.statistics, self.sums, strict=True):
-                # Plus zero, or NaN where a map is not finite: comparing and counting would hide it.
-                values = statistic(maps) + 0.0 * total
-                if values.shape[0] != self.samples == 1:  # parts of one sample are maps of their own
-                    values = values.mean(0, keepdim=True)
-                matrix.add_sums(place.columns, values)
+            for statistic, matrix in left:
+                values = statistic(maps)
+                if statistic is not share_not_zero:
+                    values = values + 0.0 * _total(maps)
+                self._add(matrix, place, values)
+
+    def _add(self, matrix: ScoreMatrix, place: Place, values: torch.Tensor) -> None:
+        if values.shape[0] != self.samples == 1:  # parts of one sample are maps of their own
+            values = values.mean(0, keepdim=True)
+        matrix.add_sums(place.columns, values)
+
+
+def _total(maps: torch.Tensor) -> torch.Tensor:
+    """(N, C), not finite where a map is not: a statistic that compares, or counts, hides it."""
+    positions, wide = tuple(range(2, maps.dim())), torch.promote_types(maps.dtype, torch.float32)
+    return maps.sum(positions, dtype=wide) if positions else maps

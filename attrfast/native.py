@@ -29,12 +29,13 @@ class CpuBackend(LaunchingBackend):
         shift: Tensor | None,
         residual: Tensor | None,
         y: Tensor,
+        count: Tensor | None,
         lower: float,
         upper: float,
     ) -> None:
         _native.affine_relu(
             *shape_of(z, last),
-            *map(pointer, (z, scale, shift, residual, y)),
+            *map(pointer, (z, scale, shift, residual, y, count)),
             lower,
             upper,
             torch.get_num_threads(),
@@ -73,6 +74,7 @@ class CpuBackend(LaunchingBackend):
         shift: Tensor | None,
         p: Tensor,
         code: Tensor,
+        count: Tensor | None,
         windows: Windows,
         lower: float,
         upper: float,
@@ -80,7 +82,7 @@ class CpuBackend(LaunchingBackend):
         _native.affine_relu_max_pool(
             *shape_of(z, last)[:4],
             *windows,
-            *map(pointer, (z, scale, shift, p, code)),
+            *map(pointer, (z, scale, shift, p, code, count)),
             lower,
             upper,
             torch.get_num_threads(),
@@ -113,7 +115,7 @@ class CpuBackend(LaunchingBackend):
             torch.get_num_threads(),
         )
 
-    def _attribution(self, x: Tensor, last: bool, g: Tensor, s: Tensor, absolute: bool) -> None:
+    def _attribution(self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool) -> None:
         _native.attribution(
             *shape_of(x, last), *map(pointer, (x, g, s)), absolute, torch.get_num_threads()
         )

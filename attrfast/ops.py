@@ -30,6 +30,7 @@ __all__ = [
     "affine_relu_max_pool_backward",
     "attribution",
     "backend_for",
+    "count_nonzero",
     "segment_normalize",
 ]
 
@@ -163,8 +164,8 @@ def _in_place(mutates: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def _sums(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:2], dtype=compute_dtype(x.dtype))
+def _sums(x: Tensor, wanted: bool = True) -> Tensor:
+    return x.new_empty(x.shape[:2] if wanted else 0, dtype=compute_dtype(x.dtype))
 
 
 # -- affine_relu ----------------------------------------------------------------------------------------
@@ -178,14 +179,16 @@ def affine_relu(
     residual: Tensor | None = None,
     lower: float | None = 0.0,
     upper: float | None = None,
-) -> Tensor:
-    """clamp(z * scale + shift + residual, lower, upper); differentiable in z and residual.
+    count: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(y, n) with y = clamp(z * scale + shift + residual, lower, upper); differentiable in z and residual.
 
-    See `attrfast.reference.affine_relu` for shapes and dtypes.
+    See `attrfast.reference.affine_relu`.
     """
     _check("affine_relu", z, {"residual": residual}, {"scale": scale, "shift": shift})
     bounds = _bounds("affine_relu", lower, upper)
-    out = _placed(z, backend_for(z.device).affine_relu(z, scale, shift, residual, *bounds))
+    backend = backend_for(z.device)
+    out = _placed(z, *backend.affine_relu(z, scale, shift, residual, *bounds, count))
     return out  # type: ignore[no-any-return]
 
 
@@ -197,27 +200,29 @@ def _(
     residual: Tensor | None = None,
     lower: float | None = 0.0,
     upper: float | None = None,
-) -> Tensor:
+    count: bool = False,
+) -> tuple[Tensor, Tensor]:
     _check("affine_relu", z, {"residual": residual}, {"scale": scale, "shift": shift})
-    return _empty(z)
+    return _empty(z), _sums(z, count)
 
 
-def _save_affine_relu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, scale, shift, residual, ctx.lower, ctx.upper = inputs
+def _save_affine_relu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, scale, shift, residual, ctx.lower, ctx.upper, _ = inputs
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None and vector.requires_grad:
             raise InputError(f"affine_relu has no gradient for {name}; detach it")
     ctx.split = residual is not None
-    ctx.save_for_backward(output, scale)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[0], scale)
 
 
-def _affine_relu_gradients(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def _affine_relu_gradients(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
     a, scale = ctx.saved_tensors
     if ctx.split:
         g1, gz, _ = affine_add_relu_backward(a, g, None, scale, ctx.lower, ctx.upper, False, 0)
-        return gz, None, None, g1, None, None
+        return gz, None, None, g1, None, None, None
     gz, _ = affine_relu_backward(a, g, scale, ctx.lower, ctx.upper, False, False)
-    return gz, None, None, None, None, None
+    return gz, None, None, None, None, None, None
 
 
 affine_relu.register_autograd(_affine_relu_gradients, setup_context=_save_affine_relu)
@@ -231,10 +236,14 @@ def affine_relu_(
     residual: Tensor | None = None,
     lower: float | None = 0.0,
     upper: float | None = None,
-) -> None:
-    """`affine_relu` in place of z; not differentiable. See `attrfast.reference.affine_relu`."""
+    count: bool = False,
+) -> Tensor:
+    """n; z becomes y. Not differentiable. See `attrfast.reference.affine_relu`."""
     _check("affine_relu_", z, {"residual": residual}, {"scale": scale, "shift": shift})
-    backend_for(z.device).affine_relu_(z, scale, shift, residual, *_bounds("affine_relu_", lower, upper))
+    bounds = _bounds("affine_relu_", lower, upper)
+    backend = backend_for(z.device)
+    out = _placed(z, backend.affine_relu_(z, scale, shift, residual, *bounds, count))
+    return out  # type: ignore[no-any-return]
 
 
 @affine_relu_.register_fake
@@ -245,8 +254,10 @@ def _(
     residual: Tensor | None = None,
     lower: float | None = 0.0,
     upper: float | None = None,
-) -> None:
+    count: bool = False,
+) -> Tensor:
     _check("affine_relu_", z, {"residual": residual}, {"scale": scale, "shift": shift})
+    return _sums(z, count)
 
 
 # -- its backward, with the attribution -------------------------------------------------------------------
@@ -412,15 +423,18 @@ def affine_relu_max_pool(
     ceil_mode: bool = False,
     lower: float | None = 0.0,
     upper: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(p, code); differentiable in z. See `attrfast.reference.affine_relu_max_pool`."""
+    count: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, code, n); differentiable in z. See `attrfast.reference.affine_relu_max_pool`."""
     _check("affine_relu_max_pool", z, {}, {"scale": scale, "shift": shift})
     _check_pool("affine_relu_max_pool", z, list(z.shape[2:]), kernel, stride, padding)
     bounds = _bounds("affine_relu_max_pool", lower, upper)
     backend = backend_for(z.device)
     out = _placed(
         z,
-        *backend.affine_relu_max_pool(z, scale, shift, kernel, stride, padding, ceil_mode, *bounds),
+        *backend.affine_relu_max_pool(
+            z, scale, shift, kernel, stride, padding, ceil_mode, *bounds, count
+        ),
     )
     return out  # type: ignore[no-any-return]
 
@@ -436,23 +450,25 @@ def _(
     ceil_mode: bool = False,
     lower: float | None = 0.0,
     upper: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    count: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check("affine_relu_max_pool", z, {}, {"scale": scale, "shift": shift})
     size = _pooled(z.shape[2:], kernel, stride, padding, ceil_mode)
-    return _empty(z, size), _empty(z, size, torch.uint8)
+    return _empty(z, size), _empty(z, size, torch.uint8), _sums(z, count)
 
 
-def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, scale, shift, ctx.kernel, ctx.stride, ctx.padding, _, ctx.lower, ctx.upper = inputs
+def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z, scale, shift, ctx.kernel, ctx.stride, ctx.padding, _, ctx.lower, ctx.upper, _ = inputs
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None and vector.requires_grad:
             raise InputError(f"affine_relu_max_pool has no gradient for {name}; detach it")
     ctx.size = list(z.shape[2:])
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, scale)
+    p, code, count = output
+    ctx.mark_non_differentiable(code, count)
+    ctx.save_for_backward(p, code, scale)
 
 
-def _pool_gradients(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
+def _pool_gradients(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
     p, code, scale = ctx.saved_tensors
     gz, _ = affine_relu_max_pool_backward(
         p,
@@ -468,7 +484,7 @@ def _pool_gradients(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
         False,
         False,
     )
-    return gz, None, None, None, None, None, None, None, None
+    return gz, None, None, None, None, None, None, None, None, None
 
 
 affine_relu_max_pool.register_autograd(_pool_gradients, setup_context=_save_pool)
@@ -528,7 +544,7 @@ def _(
     return _empty(p, size), _sums(p)
 
 
-# -- attribution alone, and normalisation ---------------------------------------------------------------------
+# -- attribution and counts alone, and normalisation ----------------------------------------------------------
 
 
 @torch.library.custom_op("attrfast::attribution", mutates_args=())
@@ -541,6 +557,19 @@ def attribution(x: Tensor, g: Tensor, absolute: bool = False) -> Tensor:
 @attribution.register_fake
 def _(x: Tensor, g: Tensor, absolute: bool = False) -> Tensor:
     _check("attribution", x, {"g": g}, {})
+    return _sums(x)
+
+
+@torch.library.custom_op("attrfast::count_nonzero", mutates_args=())
+def count_nonzero(x: Tensor) -> Tensor:
+    """How many of a channel's positions are not zero: see `attrfast.reference.count_nonzero`."""
+    _check("count_nonzero", x, {}, {})
+    return _placed(x, backend_for(x.device).count_nonzero(x))  # type: ignore[no-any-return]
+
+
+@count_nonzero.register_fake
+def _(x: Tensor) -> Tensor:
+    _check("count_nonzero", x, {}, {})
     return _sums(x)
 
 

@@ -22,7 +22,7 @@ from attrfast.criteria import ActivationCriterion, Criterion, OwnPass, Reduction
 from attrfast.diagnosis import first_nonfinite
 from attrfast.errors import InputError, ModelError, NumericalError
 from attrfast.following import PlanMismatchError
-from attrfast.map_statistics import MapMode, Statistic, channels_in, find_places
+from attrfast.map_statistics import MapMode, Source, Statistic, channels_in, find_places
 from attrfast.matrix import RowsError
 from attrfast.objective import LossFunction, Objective
 from attrfast.tiers import Runner
@@ -209,9 +209,9 @@ class Pass:
 
         maps: list[MapMode] = []
 
-        def watch(held: Callable[[torch.Tensor], torch.Tensor]) -> MapMode:
+        def watch(source: Source) -> MapMode:
             statistics = [statistic for _, statistic in run.maps]
-            maps[:] = [MapMode(self.model, self.places, statistics, batch.samples, held)]
+            maps[:] = [MapMode(self.model, self.places, statistics, batch.samples, source)]
             return maps[0]
 
         # Small gradients vanish in fp16; S is divided by the same power of two, so nothing else changes.

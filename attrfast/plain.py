@@ -20,17 +20,20 @@ class ReferenceBackend:
     affine_relu_max_pool = staticmethod(reference.affine_relu_max_pool)
     affine_relu_max_pool_backward = staticmethod(reference.affine_relu_max_pool_backward)
     attribution = staticmethod(reference.attribution)
+    count_nonzero = staticmethod(reference.count_nonzero)
     segment_normalize = staticmethod(reference.segment_normalize)
 
     def check_device(self, kind: str) -> None:
         """Every device can be worked on."""
 
-    def affine_relu(self, z: Tensor, *args: Any, out: Tensor | None = None) -> Tensor:
-        y = reference.affine_relu(z, *args)
-        return y if out is None else out.copy_(y)
+    def affine_relu(self, z: Tensor, *args: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, n = reference.affine_relu(z, *args)
+        return (y if out is None else out.copy_(y)), n
 
-    def affine_relu_(self, z: Tensor, *args: Any) -> None:
-        z.copy_(reference.affine_relu(z, *args))
+    def affine_relu_(self, z: Tensor, *args: Any) -> Tensor:
+        y, n = reference.affine_relu(z, *args)
+        z.copy_(y)
+        return n
 
     def affine_relu_backward_(self, a: Tensor, g: Tensor, *args: Any) -> Tensor:
         gz, s = reference.affine_relu_backward(a, g, *args)

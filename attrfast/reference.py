@@ -41,6 +41,15 @@ def _positions(product: torch.Tensor) -> torch.Tensor:
     return product.flatten(2).sum(2) if product.dim() > 2 else product
 
 
+def _count(y: torch.Tensor, wanted: bool = True) -> torch.Tensor:
+    """How many of a channel's positions are not zero: (N, C, ...) -> (N, C)."""
+    dtype = compute_dtype(y.dtype)
+    if not wanted:
+        return y.new_empty(0, dtype=dtype)
+    # Plus zero, or NaN where an element is not finite: comparing would hide it.
+    return _positions((y != 0).to(dtype) + 0.0 * y.to(dtype))
+
+
 def _clamp(y: torch.Tensor, lower: float, upper: float) -> torch.Tensor:
     return y if lower == -INF and upper == INF else y.clamp(lower, upper)
 
@@ -52,7 +61,8 @@ def affine_relu(
     residual: torch.Tensor | None = None,
     lower: float = 0.0,
     upper: float = INF,
-) -> torch.Tensor:
+    count: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """clamp(z * scale + shift + residual, lower, upper): a folded batch norm, an addition and a ReLU.
 
     Args:
@@ -60,12 +70,14 @@ def affine_relu(
         scale, shift: (C,) in the compute dtype, or None for 1 and 0.
         residual: like z, or None for 0.
         lower, upper: 0 and inf for ReLU, 0 and 6 for ReLU6, -inf and inf for no activation. NaN stays.
+        count: whether the positions that are not zero are counted.
 
     Returns:
-        (N, C, ...) in z's dtype.
+        y: (N, C, ...) in z's dtype; n: (N, C) in the compute dtype, how many of a channel's positions in y,
+        rounded as it is, are not zero: NaN where one of them is not finite. Without `count` n is empty: (0,).
     """
     y = _affine_relu(z, scale, shift, residual, lower, upper).to(z.dtype)
-    return y.clone() if y is z else y
+    return y.clone() if y is z else y, _count(y, count)
 
 
 def _affine_relu(
@@ -170,7 +182,8 @@ def affine_relu_max_pool(
     ceil_mode: bool = False,
     lower: float = 0.0,
     upper: float = INF,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    count: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """max_pool2d(affine_relu(z)), keeping one byte a window instead of an 8-byte index.
 
     Args:
@@ -178,11 +191,12 @@ def affine_relu_max_pool(
         scale, shift, lower, upper: see `affine_relu`.
         kernel, stride, padding: two numbers each; no more than 255 places a window.
         ceil_mode: as in PyTorch's pooling.
+        count: as of `affine_relu`: of the pooling's input, each position once, also one in no window.
 
     Returns:
         p: (N, C, H', W') in z's dtype; code: uint8, like p: the place of the maximum in its window,
         row by row, by PyTorch's rules (the first of equals; NaN is the largest). Values are compared
-        before they are rounded to z's dtype.
+        before they are rounded to z's dtype. n: as of `affine_relu`.
     """
     a = _affine_relu(z, scale, shift, None, lower, upper)
     p, index = functional.max_pool2d(
@@ -192,7 +206,7 @@ def affine_relu_max_pool(
     top = torch.arange(p.shape[2], device=z.device).view(-1, 1) * stride[0] - padding[0]
     left = torch.arange(p.shape[3], device=z.device) * stride[1] - padding[1]
     code = (index // width - top) * kernel[1] + (index % width - left)
-    return p.to(z.dtype), code.to(torch.uint8)
+    return p.to(z.dtype), code.to(torch.uint8), _count(a.to(z.dtype), count)
 
 
 def affine_relu_max_pool_backward(
@@ -265,6 +279,11 @@ def attribution(x: torch.Tensor, g: torch.Tensor, absolute: bool = False) -> tor
     dtype = compute_dtype(x.dtype)
     product = x.to(dtype) * g.to(dtype)
     return _positions(product.abs() if absolute else product)
+
+
+def count_nonzero(x: torch.Tensor) -> torch.Tensor:
+    """How many of a channel's positions are not zero: (N, C, ...) -> (N, C), as `affine_relu` counts."""
+    return _count(x)
 
 
 def segment_normalize(theta: torch.Tensor, offsets: torch.Tensor, kind: str) -> torch.Tensor:

@@ -80,13 +80,13 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(scale)
-        out: torch.Tensor = ops.affine_relu(x, scale, shift, None, -_INF, _INF)
+        out: torch.Tensor = ops.affine_relu(x, scale, shift, None, -_INF, _INF)[0]
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (scale,) = ctx.saved_tensors
-        return ops.affine_relu(grads[0], scale, None, None, -_INF, _INF), None, None
+        return ops.affine_relu(grads[0], scale, None, None, -_INF, _INF)[0], None, None
 
 
 _INF = float("inf")

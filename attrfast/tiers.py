@@ -19,6 +19,7 @@ from attrfast.channels import Discovery
 from attrfast.following import PlanMismatchError
 from attrfast.fused import PlanMode
 from attrfast.graph import Plan, make_plan
+from attrfast.map_statistics import Counted, Source
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.taps import TapMode
 from attrfast.trace import shown
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 
 _grad = shown(torch.autograd.grad)  # a mode that is on stays on in what runs again during it
 
-# From what gives a tensor its values (`PlanMode.held`) to a mode that watches the forward pass.
-Watch = Callable[[Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[Any]]
+# From the mode that runs the model to one that watches its forward pass.
+Watch = Callable[[Source], AbstractContextManager[Any]]
 
 
 class Runner:
@@ -148,8 +149,8 @@ class Runner:
                 guided=self.guided,
                 buffers=self.buffers,
             )
-        held = mode.held if isinstance(mode, PlanMode) else _as_it_is
-        watching = nullcontext() if watch is None else watch(held)
+        source = mode if isinstance(mode, PlanMode) else _AsTheyAre()
+        watching = nullcontext() if watch is None else watch(source)
         with mode, watching:
             output = forward()
         totals = [total * scale for total in objectives(output)]
@@ -157,8 +158,14 @@ class Runner:
         return _backward(totals, anchor, matrix, scale, mode if plan is None else nullcontext())
 
 
-def _as_it_is(x: torch.Tensor) -> torch.Tensor:
-    return x
+class _AsTheyAre:
+    """The maps of a model whose calls do what they say."""
+
+    def held(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def count_next(self, counted: Counted) -> bool:
+        return False
 
 
 def _backward(

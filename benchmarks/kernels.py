@@ -169,7 +169,7 @@ def _pools(
     from attrfast import reference
 
     args = (kernel, stride, padding)
-    p, code = backend.affine_relu_max_pool(z, scale, shift, *args, False, 0.0, INF)
+    p, code, _ = backend.affine_relu_max_pool(z, scale, shift, *args, False, 0.0, INF)
     g = new(*p.shape)
     _, indices = aten.max_pool2d_with_indices(a, *args)
     size = list(z.shape[2:])

@@ -25,9 +25,11 @@ struct Shape {
 };
 
 // y = clamp(z * scale + shift + residual, lower, upper). y may be z. Null means 1, 0 and 0.
+// count[n, c] = how many elements of y, as they are stored, are not zero; NaN where one is not finite. It
+// has the compute type. Null: it is not wanted.
 struct AffineRelu {
   const void *z, *scale, *shift, *residual;
-  void* y;
+  void *y, *count;
   double lower, upper;
 };
 
@@ -43,7 +45,7 @@ struct AffineReluBackward {
   Attribute attribute;
 };
 
-// s[n, c] = sum over p of x * g, or of |x * g|.
+// s[n, c] = sum over p of x * g, or of |x * g|; where g is null, a count of x, as of AffineRelu's y.
 struct Attribution {
   const void *x, *g;
   void* s;
@@ -57,11 +59,13 @@ struct Pool {
 };
 
 // p = max over each window of clamp(z * scale + shift); code = place of the maximum in its window.
-// Values are compared in the compute type, before they are rounded.
+// Values are compared in the compute type, before they are rounded. count: as of AffineRelu, of the whole
+// input of the pooling, with what no window covers; null: it is not wanted.
 struct AffineReluMaxPool {
   const void *z, *scale, *shift;
   void* p;
   uint8_t* code;
+  void* count;
   double lower, upper;
 };
 

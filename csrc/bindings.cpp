@@ -63,9 +63,11 @@ Pool pool_of(Two input, Two output, Two kernel, Two stride, Two padding) {
 }
 
 void affine_relu(int dtype, int layout, int64_t n, int64_t c, int64_t p, Address z, Address scale,
-                 Address shift, Address residual, Address y, double lower, double upper, int threads) {
+                 Address shift, Address residual, Address y, Address count, double lower, double upper,
+                 int threads) {
   chosen->affine_relu(static_cast<Dtype>(dtype), shape_of(n, c, p, layout),
-                      {in(z), in(scale), in(shift), in(residual), out(y), lower, upper}, threads);
+                      {in(z), in(scale), in(shift), in(residual), out(y), out(count), lower, upper},
+                      threads);
 }
 
 void affine_relu_backward(int dtype, int layout, int64_t n, int64_t c, int64_t p, Address a, Address g,
@@ -85,11 +87,12 @@ void attribution(int dtype, int layout, int64_t n, int64_t c, int64_t p, Address
 
 void affine_relu_max_pool(int dtype, int layout, int64_t n, int64_t c, Two input, Two output, Two kernel,
                           Two stride, Two padding, Address z, Address scale, Address shift, Address p,
-                          Address code, double lower, double upper, int threads) {
+                          Address code, Address count, double lower, double upper, int threads) {
   chosen->affine_relu_max_pool(
       static_cast<Dtype>(dtype), shape_of(n, c, output.first * output.second, layout),
       pool_of(input, output, kernel, stride, padding),
-      {in(z), in(scale), in(shift), out(p), static_cast<uint8_t*>(out(code)), lower, upper}, threads);
+      {in(z), in(scale), in(shift), out(p), static_cast<uint8_t*>(out(code)), out(count), lower, upper},
+      threads);
 }
 
 void affine_relu_max_pool_backward(int dtype, int layout, int64_t n, int64_t c, Two input, Two output,

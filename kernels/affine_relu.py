@@ -1,8 +1,10 @@
 """Forward: a folded batch norm, an addition and a ReLU, element by element.
 
     y = clamp(z * scale[c] + shift[c] + residual, lower, upper)
+    count[n, c] = number of p where y, as it is stored, is not zero      where it is wanted
 
-Bytes: z once, the residual once where there is one, y once: 2eT or 3eT, which is the floor. y may be z.
+Bytes: z once, the residual once where there is one, y once: 2eT or 3eT, which is the floor, and with a count
+next to nothing more. y may be z.
 """
 
 import torch
@@ -10,16 +12,22 @@ import triton
 import triton.language as tl
 
 from attrfast.kernels.launch import Config, bucket, launch, scaled, tuned
+from attrfast.kernels.partials import add_partials
 from attrfast.kernels.tiles import (
     as_lines,
     as_stored,
     by_columns,
     clamped,
     column_place,
+    counted,
     cut_columns,
     cut_lines,
+    flat_columns,
     line_channels,
     line_tile,
+    steps_down,
+    tree_columns,
+    tree_lines,
 )
 
 Tensor = torch.Tensor
@@ -32,6 +40,7 @@ def affine_relu_lines(
     shift_ptr,
     residual_ptr,
     y_ptr,
+    count_ptr,
     row_units,
     units,
     channels,
@@ -44,8 +53,9 @@ def affine_relu_lines(
     WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
     FLAT: tl.constexpr,
+    LOG: tl.constexpr,
 ):
-    base, offset, inside, row, _line, is_line, _first = line_tile(
+    base, offset, inside, row, line, is_line, _first = line_tile(
         row_units, units, ROW_UNIT, UNIT, LINES, WIDTH, SPLIT, FLAT
     )
     z = tl.load(z_ptr + base + offset, mask=inside, other=0.0)
@@ -58,18 +68,24 @@ def affine_relu_lines(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + base + offset, mask=inside, other=0.0)
         y = y + as_lines(residual.to(WIDE), LINES, WIDTH, FLAT)
-    y = clamped(y, LOWER, UPPER).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + base + offset, as_stored(y, LINES, WIDTH, FLAT), mask=inside)
+    y = clamped(y, LOWER, UPPER)
+    stored = as_stored(y.to(y_ptr.dtype.element_ty), LINES, WIDTH, FLAT)
+    tl.store(y_ptr + base + offset, stored, mask=inside)
+    if count_ptr is not None:
+        count = counted(y, as_lines(inside, LINES, WIDTH, FLAT), y_ptr.dtype.element_ty)
+        tl.store(count_ptr + line, tree_lines(count, LINES, WIDTH, LOG), mask=is_line)
 
 
-@triton.jit(do_not_specialize=["positions", "units", "blocks"])
+@triton.jit(do_not_specialize=["positions", "pieces", "units", "blocks"])
 def affine_relu_columns(
     z_ptr,
     scale_ptr,
     shift_ptr,
     residual_ptr,
     y_ptr,
+    count_ptr,
     positions,
+    pieces,
     units,
     blocks,
     LOWER: tl.constexpr,
@@ -78,24 +94,40 @@ def affine_relu_columns(
     UNIT: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    LOG: tl.constexpr,
 ):
-    """Samples do not matter here: positions are those of all of them."""
-    _, piece, c0 = column_place(tl.cdiv(positions.to(tl.int64), HEIGHT), blocks, WIDTH)
+    """A program that counts walks down one sample; without a count, one sample has the positions of all."""
+    sample, piece, c0 = column_place(pieces, blocks, WIDTH)
+    if count_ptr is None:
+        sample = 0
     channels = units.to(tl.int64) * UNIT
-    p = piece * HEIGHT + tl.arange(0, HEIGHT)
     c = tl.arange(0, WIDTH)
     is_channel = c < channels - c0
-    inside = (p < positions)[:, None] & is_channel[None, :]
-    offset = p[:, None] * channels + c0 + c[None, :]
-    y = tl.load(z_ptr + offset, mask=inside, other=0.0).to(WIDE)
     if scale_ptr is not None:
-        y = y * tl.load(scale_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
+        scale = tl.load(scale_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
     if shift_ptr is not None:
-        y = y + tl.load(shift_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
-    if residual_ptr is not None:
-        y = y + tl.load(residual_ptr + offset, mask=inside, other=0.0).to(WIDE)
-    y = clamped(y, LOWER, UPPER).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offset, y, mask=inside)
+        shift = tl.load(shift_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
+    count = tl.zeros([HEIGHT, WIDTH], WIDE)
+    steps = 1 if count_ptr is None else steps_down(positions, piece, HEIGHT, STEPS)
+    for step in range(steps):
+        p = (piece * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
+        inside = (p < positions)[:, None] & is_channel[None, :]
+        offset = (sample * positions + p)[:, None] * channels + c0 + c[None, :]
+        y = tl.load(z_ptr + offset, mask=inside, other=0.0).to(WIDE)
+        if scale_ptr is not None:
+            y = y * scale
+        if shift_ptr is not None:
+            y = y + shift
+        if residual_ptr is not None:
+            y = y + tl.load(residual_ptr + offset, mask=inside, other=0.0).to(WIDE)
+        y = clamped(y, LOWER, UPPER)
+        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+        if count_ptr is not None:
+            count += counted(y, inside, y_ptr.dtype.element_ty)
+    if count_ptr is not None:
+        sums = tree_columns(count, HEIGHT, WIDTH, LOG)
+        tl.store(count_ptr + (sample * pieces + piece) * channels + c0 + c, sums, mask=is_channel)
 
 
 def affine_relu(
@@ -104,43 +136,49 @@ def affine_relu(
     shift: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
+    count: Tensor | None,
     lower: float,
     upper: float,
     last: bool,
 ) -> None:
-    """Writes y. z, residual and y lie alike: contiguous, or channels-last where `last`."""
+    """Writes y, and count (N, C) where it is given.
+
+    z, residual and y lie alike: contiguous, or channels-last where `last`; count is contiguous.
+    """
     n, c = z.shape[:2]
     positions = z.shape[2:].numel()
     last = by_columns(last, positions, c)
+    lines, columns = cut_lines(n * c, positions), cut_columns(n, positions, c)
+    pieces = columns.pieces if last else lines.pieces
+    sums = count
+    if count is not None and pieces > 1:
+        sums = torch.empty(count.numel() * pieces, dtype=count.dtype, device=count.device)
     wide = tl.float64 if z.dtype == torch.float64 else tl.float32
     bounds = {"LOWER": lower, "UPPER": upper, "WIDE": wide}
 
     def run(config: Config, y: Tensor) -> None:
         config = scaled(config, z.dtype)
-        pointers = z, scale, shift, residual, y
+        pointers = z, scale, shift, residual, y, sums
         if last:
-            # Samples are more positions.
-            columns = cut_columns(1, n * positions, c)
-            width = columns.width(config.elements)
-            height = max(1, config.elements // width)
-            blocks = columns.blocks(config.elements)
+            cut = columns if count is not None else flat_columns(n * positions, c, config.elements)
             launch(
                 affine_relu_columns,
-                -(-n * positions // height) * blocks,
+                cut.programs(config.elements),
                 config.threads,
-                (*pointers, n * positions, c // columns.unit, blocks),
-                {**bounds, "UNIT": columns.unit, "HEIGHT": height, "WIDTH": width},
+                (*pointers, cut.positions, cut.pieces, c // cut.unit, cut.blocks(config.elements)),
+                {**bounds, **cut.constants(config.elements)},
             )
             return
-        lines = cut_lines(n * c, positions)
         launch(
             affine_relu_lines,
             lines.programs(config.elements),
             config.threads,
             (*pointers, lines.rows // lines.row_unit, positions // lines.unit, c),
-            {**bounds, **lines.constants(config.elements)},
+            {**bounds, **lines.constants(config.elements), "LOG": lines.log()},
         )
 
-    given = scale is not None, shift is not None, residual is not None
+    given = scale is not None, shift is not None, residual is not None, count is not None
     key = "affine_relu", z.dtype, last, given, bucket(positions), bucket(c), bucket(z.numel())
     run(tuned(key, z.device, lambda config: run(config, torch.empty_like(y))), y)
+    if count is not None and sums is not None and pieces > 1:
+        add_partials(sums, count, pieces, c if last else 1)

@@ -1,8 +1,10 @@
 """Attribution alone, for taps with no ReLU of their own.
 
     s[n, c] = sum over p of x * g, or of abs(x * g)
+              number of p where x is not zero              without g
 
-Bytes: x and g once each, 2eT, which is the floor; s and partial sums come to less than a hundredth.
+Bytes: x and g once each, 2eT, which is the floor (eT without g); s and partial sums come to less than a
+hundredth.
 """
 
 import torch
@@ -14,6 +16,7 @@ from attrfast.kernels.partials import add_partials
 from attrfast.kernels.tiles import (
     as_lines,
     column_place,
+    counted,
     cut_columns,
     cut_lines,
     line_tile,
@@ -46,7 +49,10 @@ def attribution_lines(
         row_units, units, ROW_UNIT, UNIT, LINES, WIDTH, SPLIT, FLAT
     )
     x = tl.load(x_ptr + base + offset, mask=inside, other=0.0).to(WIDE)
-    flow = x * tl.load(g_ptr + base + offset, mask=inside, other=0.0).to(WIDE)
+    if g_ptr is None:
+        flow = counted(x, inside, x_ptr.dtype.element_ty)
+    else:
+        flow = x * tl.load(g_ptr + base + offset, mask=inside, other=0.0).to(WIDE)
     if ABSOLUTE:
         flow = tl.abs(flow)
     s = tree_lines(as_lines(flow, LINES, WIDTH, FLAT), LINES, WIDTH, LOG)
@@ -80,14 +86,20 @@ def attribution_columns(
         inside = (p < positions)[:, None] & is_channel[None, :]
         offset = (sample * positions + p)[:, None] * channels + c0 + c[None, :]
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(WIDE)
-        flow = x * tl.load(g_ptr + offset, mask=inside, other=0.0).to(WIDE)
+        if g_ptr is None:
+            flow = counted(x, inside, x_ptr.dtype.element_ty)
+        else:
+            flow = x * tl.load(g_ptr + offset, mask=inside, other=0.0).to(WIDE)
         sums += tl.abs(flow) if ABSOLUTE else flow
     s = tree_columns(sums, HEIGHT, WIDTH, LOG)
     tl.store(s_ptr + (sample * pieces + piece) * channels + c0 + c, s, mask=is_channel)
 
 
-def attribution(x: Tensor, g: Tensor, s: Tensor, absolute: bool, last: bool) -> None:
-    """Writes s (N, C), contiguous. x and g lie alike: contiguous, or channels-last where `last`."""
+def attribution(x: Tensor, g: Tensor | None, s: Tensor, absolute: bool, last: bool) -> None:
+    """Writes s (N, C), contiguous; without g, a count.
+
+    x and g lie alike: contiguous, or channels-last where `last`.
+    """
     n, c = x.shape[:2]
     positions = x.shape[2:].numel()
     lines, columns = cut_lines(n * c, positions), cut_columns(n, positions, c)
@@ -117,7 +129,7 @@ def attribution(x: Tensor, g: Tensor, s: Tensor, absolute: bool, last: bool) -> 
             {**chosen, **lines.constants(config.elements), "LOG": lines.log()},
         )
 
-    key = "attribution", x.dtype, last, bucket(positions), bucket(c), bucket(x.numel())
+    key = "attribution", x.dtype, last, g is None, bucket(positions), bucket(c), bucket(x.numel())
     run(tuned(key, x.device, run))
     if pieces > 1:
         add_partials(sums, s, pieces, c if last else 1)

@@ -66,11 +66,12 @@ class TritonBackend(LaunchingBackend):
         shift: Tensor | None,
         residual: Tensor | None,
         y: Tensor,
+        count: Tensor | None,
         lower: float,
         upper: float,
     ) -> None:
         with _place(z):
-            forward.affine_relu(z, scale, shift, residual, y, lower, upper, last)
+            forward.affine_relu(z, scale, shift, residual, y, count, lower, upper, last)
 
     def _backward(
         self,
@@ -101,12 +102,15 @@ class TritonBackend(LaunchingBackend):
         shift: Tensor | None,
         p: Tensor,
         code: Tensor,
+        count: Tensor | None,
         windows: Windows,
         lower: float,
         upper: float,
     ) -> None:
         with _place(z):
-            max_pool.affine_relu_max_pool(z, scale, shift, p, code, _pool(windows), lower, upper, last)
+            max_pool.affine_relu_max_pool(
+                z, scale, shift, p, code, count, _pool(windows), lower, upper, last
+            )
 
     def _max_pool_backward(
         self,
@@ -129,7 +133,7 @@ class TritonBackend(LaunchingBackend):
                 p, code, g, scale, gz, s, _pool(windows), *bounds, guided, attribute, last
             )
 
-    def _attribution(self, x: Tensor, last: bool, g: Tensor, s: Tensor, absolute: bool) -> None:
+    def _attribution(self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool) -> None:
         with _place(x):
             flow.attribution(x, g, s, absolute, last)
 

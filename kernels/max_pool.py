@@ -2,9 +2,12 @@
 
     p[o]    = max over the window of o of clamp(z * scale[c] + shift[c], lower, upper)
     code[o] = ky * kernel[1] + kx of the maximum: the first of equals, the last NaN where there is one
+    count[n, c] = number of places of the input where the clamp, as it would be stored, is not zero
 
 Bytes: z once, p once, one byte a window: e(T + T') + T' for T' windows, which is the floor. Windows that
-overlap read elements again from the cache.
+overlap read elements again from the cache. A count, where it is wanted, comes of the same loads: a place
+counts in the last window that begins before it, and windows look as far as the next one then, which is no
+further than their own end but for places that no window covers.
 
 Windows of 2x2 that tile a contiguous input are the common case. There a program reads both input rows as
 they lie, in full width, and deals the elements out in pairs:
@@ -20,15 +23,21 @@ import triton
 import triton.language as tl
 
 from attrfast.kernels.launch import Config, bucket, launch, scaled, tuned
+from attrfast.kernels.partials import add_partials
 from attrfast.kernels.tiles import (
     PIECE,
-    clamped,
+    affine,
     column_place,
+    counted,
     cut_columns,
     cut_lines,
+    flat_columns,
     line_channels,
     line_rows,
     line_tile,
+    steps_down,
+    tree_columns,
+    tree_lines,
 )
 
 Tensor = torch.Tensor
@@ -61,6 +70,16 @@ class Pool:
         (kh, kw), (sy, sx), (py, px) = self.kernel, self.stride, self.padding
         return {"KH": kh, "KW": kw, "SY": sy, "SX": sx, "PY": py, "PX": px}
 
+    def reach(self) -> tuple[int, int]:
+        """Places from the start of a window on that are its own or lie before the next one's start."""
+
+        def along(axis: int, size: int, windows: int) -> int:
+            stride = self.stride[axis]
+            left = size + self.padding[axis] - (windows - 1) * stride  # from the last window's start on
+            return max(self.kernel[axis], left, stride if windows > 1 else 0)
+
+        return along(0, self.h, self.rows), along(1, self.w, self.columns)
+
     def big(self, planes: int) -> bool:
         """Whether places in so many planes take 64 bits, with room for what is added to them."""
         return planes * max(self.h * self.w, self.rows * self.columns) >= 1 << 30
@@ -77,15 +96,6 @@ def place_in_row(first, offset, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BIG: t
 
 
 @triton.jit
-def affine(z, scale, shift, LOWER: tl.constexpr, UPPER: tl.constexpr):
-    if scale is not None:
-        z = z * scale
-    if shift is not None:
-        z = z + shift
-    return clamped(z, LOWER, UPPER)
-
-
-@triton.jit
 def winner(best, code, v, here, taken):
     """The larger of two, by PyTorch's rule: NaN is the largest, and the later of two NaN wins."""
     wins = taken & ((v > best) | (v != v))
@@ -99,6 +109,7 @@ def max_pool_pairs(
     shift_ptr,
     p_ptr,
     code_ptr,
+    count_ptr,
     row_units,
     units,
     channels,
@@ -114,8 +125,9 @@ def max_pool_pairs(
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
+    LOG: tl.constexpr,
 ):
-    base, offset, inside, row, _line, is_line, first = line_tile(
+    base, offset, inside, row, line, is_line, first = line_tile(
         row_units, units, ROW_UNIT, UNIT, LINES, WIDTH, SPLIT, False
     )
     channel = line_channels(row, channels, LINES, SPLIT)
@@ -129,13 +141,20 @@ def max_pool_pairs(
     start = line_rows(row, LINES, SPLIT)[:, None] * h * w
     best = tl.full([LINES, WIDTH], float("-inf"), WIDE)
     code = tl.zeros([LINES, WIDTH], tl.int32)
+    count = tl.zeros([LINES, WIDTH], WIDE)
     for ky in tl.static_range(2):
         z = tl.load(z_ptr + start + twice + ky * w, mask=is_input, other=0.0).to(WIDE)
         even, odd = tl.split(tl.reshape(z, [LINES, WIDTH, 2]))
-        best, code = winner(best, code, affine(even, scale, shift, LOWER, UPPER), 2 * ky, inside)
-        best, code = winner(best, code, affine(odd, scale, shift, LOWER, UPPER), 2 * ky + 1, inside)
+        even, odd = affine(even, scale, shift, LOWER, UPPER), affine(odd, scale, shift, LOWER, UPPER)
+        best, code = winner(best, code, even, 2 * ky, inside)
+        best, code = winner(best, code, odd, 2 * ky + 1, inside)
+        if count_ptr is not None:
+            count += counted(even, inside, p_ptr.dtype.element_ty)
+            count += counted(odd, inside, p_ptr.dtype.element_ty)
     tl.store(p_ptr + base + offset, best.to(p_ptr.dtype.element_ty), mask=inside)
     tl.store(code_ptr + base + offset, code.to(tl.uint8), mask=inside)
+    if count_ptr is not None:
+        tl.store(count_ptr + line, tree_lines(count, LINES, WIDTH, LOG), mask=is_line)
 
 
 @triton.jit
@@ -162,18 +181,20 @@ def pair_places(
     return (wide // w) * (2 * w) + wide % w, is_input
 
 
-@triton.jit(do_not_specialize=["row_units", "units", "channels", "h", "w", "columns"])
+@triton.jit(do_not_specialize=["row_units", "units", "channels", "h", "w", "rows", "columns"])
 def max_pool_lines(
     z_ptr,
     scale_ptr,
     shift_ptr,
     p_ptr,
     code_ptr,
+    count_ptr,
     row_units,
     units,
     channels,
     h,
     w,
+    rows,
     columns,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -181,6 +202,8 @@ def max_pool_lines(
     SX: tl.constexpr,
     PY: tl.constexpr,
     PX: tl.constexpr,
+    TALL: tl.constexpr,
+    BROAD: tl.constexpr,
     UNROLL: tl.constexpr,
     BIG: tl.constexpr,
     LOWER: tl.constexpr,
@@ -191,8 +214,9 @@ def max_pool_lines(
     LINES: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
+    LOG: tl.constexpr,
 ):
-    base, offset, inside, row, _line, is_line, first = line_tile(
+    base, offset, inside, row, line, is_line, first = line_tile(
         row_units, units, ROW_UNIT, UNIT, LINES, WIDTH, SPLIT, False
     )
     channel = line_channels(row, channels, LINES, SPLIT)
@@ -202,31 +226,44 @@ def max_pool_lines(
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + channel, mask=is_line, other=0.0)[:, None]
     place = place_in_row(first, offset, WIDTH, SPLIT, BIG)
-    top = (place // columns) * SY - PY
-    left = (place % columns) * SX - PX
+    oy, ox = place // columns, place % columns
+    top = oy * SY - PY
+    left = ox * SX - PX
     start = line_rows(row, LINES, SPLIT)[:, None] * h * w
     best = tl.full([LINES, WIDTH], float("-inf"), WIDE)
     # Where all are -inf none wins: the code is that of the first place inside the input.
     code = (tl.maximum(-top, 0) * KW + tl.maximum(-left, 0) + tl.zeros([LINES, WIDTH], tl.int32)).to(
         tl.int32
     )
-    for k in tl.range(KH * KW, loop_unroll_factor=UNROLL):
-        iy, ix = top + k // KW, left + k % KW
+    count = tl.zeros([LINES, WIDTH], WIDE)
+    for k in tl.range(TALL * BROAD, loop_unroll_factor=UNROLL):
+        ky, kx = k // BROAD, k % BROAD
+        iy, ix = top + ky, left + kx
         taken = inside & (iy >= 0) & (iy < h) & (ix >= 0) & (ix < w)
         z = tl.load(z_ptr + start + iy * w + ix, mask=taken, other=0.0).to(WIDE)
-        best, code = winner(best, code, affine(z, scale, shift, LOWER, UPPER), k, taken)
+        y = affine(z, scale, shift, LOWER, UPPER)
+        if count_ptr is not None:
+            last_y, last_x = oy == rows - 1, ox == columns - 1
+            mine = taken & ((ky < SY) | last_y) & ((kx < SX) | last_x)
+            count += counted(y, mine, p_ptr.dtype.element_ty)
+            taken = taken & (ky < KH) & (kx < KW)
+        best, code = winner(best, code, y, ky * KW + kx, taken)
     tl.store(p_ptr + base + offset, best.to(p_ptr.dtype.element_ty), mask=inside)
     tl.store(code_ptr + base + offset, code.to(tl.uint8), mask=inside)
+    if count_ptr is not None:
+        tl.store(count_ptr + line, tree_lines(count, LINES, WIDTH, LOG), mask=is_line)
 
 
-@triton.jit(do_not_specialize=["positions", "units", "blocks", "h", "w", "rows", "columns"])
+@triton.jit(do_not_specialize=["positions", "pieces", "units", "blocks", "h", "w", "rows", "columns"])
 def max_pool_columns(
     z_ptr,
     scale_ptr,
     shift_ptr,
     p_ptr,
     code_ptr,
+    count_ptr,
     positions,
+    pieces,
     units,
     blocks,
     h,
@@ -239,6 +276,8 @@ def max_pool_columns(
     SX: tl.constexpr,
     PY: tl.constexpr,
     PX: tl.constexpr,
+    TALL: tl.constexpr,
+    BROAD: tl.constexpr,
     UNROLL: tl.constexpr,
     BIG: tl.constexpr,
     LOWER: tl.constexpr,
@@ -247,37 +286,57 @@ def max_pool_columns(
     UNIT: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    LOG: tl.constexpr,
 ):
-    """Positions are the windows of all samples."""
-    _, piece, c0 = column_place(tl.cdiv(positions.to(tl.int64), HEIGHT), blocks, WIDTH)
+    """Positions are windows. A program that counts walks down one sample; without a count, one sample has
+    the windows of all."""
+    sample, piece, c0 = column_place(pieces, blocks, WIDTH)
+    if count_ptr is None:
+        sample = 0
     channels = units.to(tl.int64) * UNIT
-    window = piece * HEIGHT + tl.arange(0, HEIGHT)
-    if not BIG:
-        window = window.to(tl.int32)
     c = tl.arange(0, WIDTH)
     is_channel = c < channels - c0
-    inside = (window < positions)[:, None] & is_channel[None, :]
     scale, shift = None, None
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
-    top = (window // columns) % rows * SY - PY
-    left = (window % columns) * SX - PX
-    start = window // columns // rows * h
-    best = tl.full([HEIGHT, WIDTH], float("-inf"), WIDE)
-    code = (tl.maximum(-top, 0) * KW + tl.maximum(-left, 0)).to(tl.int32)
-    code = code[:, None] + tl.zeros([HEIGHT, WIDTH], tl.int32)
-    for k in tl.range(KH * KW, loop_unroll_factor=UNROLL):
-        iy, ix = top + k // KW, left + k % KW
-        taken = inside & ((iy >= 0) & (iy < h) & (ix >= 0) & (ix < w))[:, None]
-        pixel = ((start + iy) * w + ix).to(tl.int64)
-        offset = pixel[:, None] * channels + c0 + c[None, :]
-        z = tl.load(z_ptr + offset, mask=taken, other=0.0).to(WIDE)
-        best, code = winner(best, code, affine(z, scale, shift, LOWER, UPPER), k, taken)
-    offset = window.to(tl.int64)[:, None] * channels + c0 + c[None, :]
-    tl.store(p_ptr + offset, best.to(p_ptr.dtype.element_ty), mask=inside)
-    tl.store(code_ptr + offset, code.to(tl.uint8), mask=inside)
+    start = sample * h
+    if not BIG:
+        start = start.to(tl.int32)
+    count = tl.zeros([HEIGHT, WIDTH], WIDE)
+    steps = 1 if count_ptr is None else steps_down(positions, piece, HEIGHT, STEPS)
+    for step in range(steps):
+        window = (piece * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
+        if not BIG:
+            window = window.to(tl.int32)
+        inside = (window < positions)[:, None] & is_channel[None, :]
+        oy, ox = (window // columns) % rows, window % columns
+        top, left = oy * SY - PY, ox * SX - PX
+        above = start + window // columns // rows * h
+        best = tl.full([HEIGHT, WIDTH], float("-inf"), WIDE)
+        code = (tl.maximum(-top, 0) * KW + tl.maximum(-left, 0)).to(tl.int32)
+        code = code[:, None] + tl.zeros([HEIGHT, WIDTH], tl.int32)
+        for k in tl.range(TALL * BROAD, loop_unroll_factor=UNROLL):
+            ky, kx = k // BROAD, k % BROAD
+            iy, ix = top + ky, left + kx
+            taken = inside & ((iy >= 0) & (iy < h) & (ix >= 0) & (ix < w))[:, None]
+            pixel = ((above + iy) * w + ix).to(tl.int64)
+            offset = pixel[:, None] * channels + c0 + c[None, :]
+            z = tl.load(z_ptr + offset, mask=taken, other=0.0).to(WIDE)
+            y = affine(z, scale, shift, LOWER, UPPER)
+            if count_ptr is not None:
+                mine = ((ky < SY) | (oy == rows - 1)) & ((kx < SX) | (ox == columns - 1))
+                count += counted(y, taken & mine[:, None], p_ptr.dtype.element_ty)
+                taken = taken & (ky < KH) & (kx < KW)
+            best, code = winner(best, code, y, ky * KW + kx, taken)
+        offset = (sample * positions + window)[:, None] * channels + c0 + c[None, :]
+        tl.store(p_ptr + offset, best.to(p_ptr.dtype.element_ty), mask=inside)
+        tl.store(code_ptr + offset, code.to(tl.uint8), mask=inside)
+    if count_ptr is not None:
+        sums = tree_columns(count, HEIGHT, WIDTH, LOG)
+        tl.store(count_ptr + (sample * pieces + piece) * channels + c0 + c, sums, mask=is_channel)
 
 
 def affine_relu_max_pool(
@@ -286,63 +345,71 @@ def affine_relu_max_pool(
     shift: Tensor | None,
     p: Tensor,
     code: Tensor,
+    count: Tensor | None,
     pool: Pool,
     lower: float,
     upper: float,
     last: bool,
 ) -> None:
-    """Writes p and code. z, p and code lie alike: contiguous, or channels-last where `last`."""
+    """Writes p and code, and count (N, C) where it is given.
+
+    z, p and code lie alike: contiguous, or channels-last where `last`; count is contiguous.
+    """
     n, c = z.shape[:2]
     windows = pool.rows * pool.columns
-    unroll = pool.kernel[0] * pool.kernel[1]
+    lines, columns = cut_lines(n * c, windows, PIECE), cut_columns(n, windows, c)
+    pieces = columns.pieces if last else lines.pieces
+    sums = count
+    if count is not None and pieces > 1:
+        sums = torch.empty(count.numel() * pieces, dtype=count.dtype, device=count.device)
     chosen = {
         "LOWER": lower,
         "UPPER": upper,
         "WIDE": tl.float64 if z.dtype == torch.float64 else tl.float32,
     }
-    window = {**pool.constants(), "UNROLL": unroll if unroll <= UNROLLED else 1}
+    tall, broad = pool.kernel if count is None else pool.reach()
+    unroll = tall * broad if tall * broad <= UNROLLED else 1
+    window = {**pool.constants(), "TALL": tall, "BROAD": broad, "UNROLL": unroll}
 
     def run(config: Config, p: Tensor, code: Tensor) -> None:
+        size: tuple[int, ...]
         config = scaled(config, z.dtype, 2 if pool.pairs or last else 4)
-        pointers = z, scale, shift, p, code
-        size = pool.h, pool.w, pool.rows, pool.columns
+        pointers = z, scale, shift, p, code, sums
         if last:
-            columns = cut_columns(1, n * windows, c)
-            width = columns.width(config.elements)
-            height = max(1, config.elements // width)
-            blocks = columns.blocks(config.elements)
+            cut = columns if count is not None else flat_columns(n * windows, c, config.elements)
+            numbers = cut.positions, cut.pieces, c // cut.unit, cut.blocks(config.elements)
             launch(
                 max_pool_columns,
-                -(-n * windows // height) * blocks,
+                cut.programs(config.elements),
                 config.threads,
-                (*pointers, n * windows, c // columns.unit, blocks, *size),
-                {
-                    **chosen,
-                    **window,
-                    "BIG": pool.big(n),
-                    "UNIT": columns.unit,
-                    "HEIGHT": height,
-                    "WIDTH": width,
-                },
+                (*pointers, *numbers, pool.h, pool.w, pool.rows, pool.columns),
+                {**chosen, **window, **cut.constants(config.elements), "BIG": pool.big(n)},
             )
             return
-        lines = cut_lines(n * c, windows, PIECE)
-        constants = {**chosen, **lines.constants(config.elements), "BIG": pool.big(1)}
+        constants = {
+            **chosen,
+            **lines.constants(config.elements),
+            "BIG": pool.big(1),
+            "LOG": lines.log(),
+        }
         del constants["FLAT"]
-        numbers: tuple[int, ...] = (lines.rows // lines.row_unit, windows // lines.unit, c, pool.h)
         if pool.pairs:
             unit = power_in(pool.w)
-            kernel, numbers = max_pool_pairs, (*numbers, pool.w // unit)
+            kernel, size = max_pool_pairs, (pool.h, pool.w // unit)
             constants["W_UNIT"] = unit
         else:
-            kernel, numbers = max_pool_lines, (*numbers, pool.w, pool.columns)
+            kernel, size = max_pool_lines, (pool.h, pool.w, pool.rows, pool.columns)
             constants |= window
-        launch(kernel, lines.programs(config.elements), config.threads, (*pointers, *numbers), constants)
+        rows = lines.rows // lines.row_unit
+        args = (*pointers, rows, windows // lines.unit, c, *size)
+        launch(kernel, lines.programs(config.elements), config.threads, args, constants)
 
-    given = scale is not None, shift is not None, pool.kernel, pool.stride
+    given = scale is not None, shift is not None, count is not None, pool.kernel, pool.stride
     key = "max_pool", z.dtype, last, given, bucket(windows), bucket(c), bucket(z.numel())
     choice = tuned(key, z.device, lambda f: run(f, torch.empty_like(p), torch.empty_like(code)))
     run(choice, p, code)
+    if count is not None and sums is not None and pieces > 1:
+        add_partials(sums, count, pieces, c if last else 1)
 
 
 def power_in(count: int) -> int:

@@ -25,6 +25,7 @@ to memory and `partials.py` adds them in float64, in their order. There are no a
 Offsets within a tile fit 32 bits; where a tile begins is counted in 64.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,13 @@ def cut_columns(samples: int, positions: int, channels: int) -> Columns:
     steps = min(max(1, SEGMENT // height), -(-positions // height))
     pieces = -(-positions // (steps * height))
     return Columns(samples, positions, channels, height, steps, pieces, math.gcd(channels, 16))
+
+
+def flat_columns(positions: int, channels: int, elements: int) -> Columns:
+    """For what has no sums, where samples are but more positions: a program works on one tile."""
+    whole = cut_columns(1, positions, channels)
+    height = max(1, elements // whole.width(elements))
+    return dataclasses.replace(whole, height=height, steps=1, pieces=-(-positions // height))
 
 
 def by_columns(last: bool, positions: int, channels: int) -> bool:
@@ -284,6 +292,23 @@ def clamped(y, LOWER: tl.constexpr, UPPER: tl.constexpr):
     low, high = tl.full([], LOWER, y.dtype), tl.full([], UPPER, y.dtype)
     y = tl.where(y < low, low, y)
     return tl.where(y > high, high, y)
+
+
+@triton.jit
+def affine(z, scale, shift, LOWER: tl.constexpr, UPPER: tl.constexpr):
+    if scale is not None:
+        z = z * scale
+    if shift is not None:
+        z = z + shift
+    return clamped(z, LOWER, UPPER)
+
+
+@triton.jit
+def counted(y, is_element, STORED: tl.constexpr):
+    """What elements add to a count when they are stored in that type: 1 unless they are zero then, NaN where
+    they are not finite; 0 for what is no element."""
+    stored = y.to(STORED).to(y.dtype)
+    return tl.where(is_element, tl.where(stored != 0, 1.0, 0.0) + 0.0 * stored, 0.0)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 MUTATES = {"affine_relu_": "z", "affine_relu_backward_": "g", "affine_add_relu_backward_": "g"}
 OPS = (
     *("affine_relu", "affine_relu_backward", "affine_add_relu_backward", "attribution"),
-    *("affine_relu_max_pool", "affine_relu_max_pool_backward", *MUTATES),
+    *("count_nonzero", "affine_relu_max_pool", "affine_relu_max_pool_backward", *MUTATES),
 )
 # The last two bounds are no numbers of any of the binary types.
 BOUNDS = ((0.0, None), (0.0, 6.0), (None, None), (-1.0, 1.0), (-0.3, 0.7))
@@ -158,6 +158,7 @@ def make_call(
     guided: bool = False,
     attribute: int = 1,
     absolute: bool = False,
+    count: bool = True,
     pool: tuple[list[int], list[int], list[int], bool] = ([3, 2], [2, 1], [1, 0], False),
     coarse: bool = False,
     seed: int = 0,
@@ -201,7 +202,7 @@ def make_call(
     args: dict[str, Any]
     if base == "affine_relu":
         args = {"z": laid(values(*shape) * 2), "scale": vector(scale, 2), "shift": vector(shift, 1)}
-        args |= {"residual": laid(values(*shape)) if residual else None, **limits}
+        args |= {"residual": laid(values(*shape)) if residual else None, **limits, "count": count}
     elif base == "affine_relu_backward":
         args = {"a": laid(activation(*shape)), "g": laid(values(*shape)), "scale": vector(scale, 2)}
         args |= {**limits, "guided": guided, "attribute": attribute > 0}
@@ -211,16 +212,18 @@ def make_call(
         args |= {"scale": vector(scale, 1), **limits, "guided": guided, "attribute": attribute}
     elif base == "attribution":
         args = {"x": laid(values(*shape)), "g": laid(values(*shape)), "absolute": absolute}
+    elif base == "count_nonzero":
+        args = {"x": laid(activation(*shape))}
     elif base == "affine_relu_max_pool":
         args = {"z": laid(values(*shape) * 2), "scale": vector(scale, 2), "shift": vector(shift, 1)}
-        args |= {**geometry, "ceil_mode": ceil_mode, **limits}
+        args |= {**geometry, "ceil_mode": ceil_mode, **limits, "count": count}
     else:
         z = (values(*shape) * 2).to(dtype)
         forward = Call(
             "affine_relu_max_pool",
             {"z": z, "scale": None, "shift": None, **geometry, "ceil_mode": ceil_mode, **limits},
         )
-        p, code = reference.affine_relu_max_pool(**forward.with_numbers().args)
+        p, code, _ = reference.affine_relu_max_pool(**forward.with_numbers().args)
         args = {"p": laid(p), "code": laid(code), "g": laid(values(*p.shape))}
         args |= {"scale": vector(scale, 1), "size": list(shape[2:]), **geometry, **limits}
         args |= {"guided": guided, "attribute": attribute > 0}
@@ -282,6 +285,7 @@ def calls(draw: st.DrawFn, op: str) -> Call:
         guided=draw(st.booleans()),
         attribute=draw(st.integers(0, 2)),
         absolute=draw(st.booleans()),
+        count=draw(st.booleans()),
         pool=draw(pools(shape[2:])) if pooled else ([1, 1], [1, 1], [0, 0], False),
         # A place of a maximum can only be compared where the values are exact.
         coarse=op == "affine_relu_max_pool" or draw(st.booleans()),

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 import attrfast
-from attrfast import fused
-from attrfast.criteria import ActivationCriterion
+from attrfast import fused, tiers
+from attrfast.criteria import ActivationCriterion, APoZ
+from attrfast.map_statistics import share_not_zero
 
 # Network -> for every call of a ReLU, the convolution whose filters its channels belong to.
 RELUS: dict[str, list[str | None]] = {
@@ -126,6 +127,52 @@ def test_stages_that_run_part_by_part_are_measured_whole(
     parts = score(model, [(inputs, labels)], ["taylor", "apoz", "hrank"])
     for criterion in whole:
         torch.testing.assert_close(parts[criterion].raw, whole[criterion].raw, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("criteria", [["apoz"], ["taylor", "apoz"]], ids=str)
+@pytest.mark.parametrize("name", ["plain", "functional", "reused"])
+def test_zeros_are_counted_while_maps_are_made(
+    name: str, criteria: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(mode: Any, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a map is read again")
+
+    model, inputs, labels = small(name)
+    want = score(model, [(inputs, labels)], "apoz")
+    monkeypatch.setattr(fused.PlanMode, "held", again)
+    got = score(model, [(inputs, labels)], criteria)["apoz"]
+    assert torch.equal(got.raw, want.raw)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_both_tiers_count_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, labels = small(name)
+    fast = score(model, [(inputs, labels)], "apoz")
+    monkeypatch.setattr(tiers, "make_plan", lambda *args, **options: None)
+    slow = score(model, [(inputs, labels)], "apoz")
+    torch.testing.assert_close(slow.raw, fast.raw, rtol=1e-14, atol=0)
+
+
+def test_positions_of_any_number_of_dimensions_are_counted() -> None:
+    maps = torch.randint(-1, 2, (2, 3, 2, 1, 3, 2)).double()
+    for dims in range(2, 7):
+        here = maps.flatten(dims - 1)
+        want = (here != 0).double().flatten(2).mean(2) if dims > 2 else (here != 0).double()
+        torch.testing.assert_close(share_not_zero(here), want, rtol=1e-15, atol=0)
+
+
+class Complement(APoZ):
+    """A statistic of its own, under the name of one that kernels take."""
+
+    def statistic(self, maps: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return 1 - share_not_zero(maps)
+
+
+def test_a_subclass_that_measures_something_else_is_asked() -> None:
+    model, inputs, labels = small("plain")
+    share = score(model, [(inputs, labels)], "apoz")
+    rest = score(model, [(inputs, labels)], Complement())
+    torch.testing.assert_close(rest.raw, 1 - share.raw, rtol=1e-14, atol=1e-15)
 
 
 def test_batches_that_go_different_ways_are_each_measured_on_theirs() -> None:

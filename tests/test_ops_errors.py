@@ -87,6 +87,7 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"code": torch.zeros(2, 3, 2, 2, device="meta").byte()}, "code must be uint8 .* on meta"),
     ],
     "attribution": [*first("x"), *like("g")],
+    "count_nonzero": first("x"),
 }
 WRONG |= {op: WRONG[op.rstrip("_")] for op in MUTATES}
 

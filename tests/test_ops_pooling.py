@@ -43,8 +43,11 @@ def test_pooling_and_its_gradient_are_pytorch_s(bounds: tuple[float | None, floa
         y = z if scale is None else z * scale.view(1, -1, 1, 1)
         y = y if shift is None else y + shift.view(1, -1, 1, 1)
         want = functional.max_pool2d(CLAMPS[bounds](y), kernel, stride, padding, ceil_mode=ceil_mode)
-        p, code = ops.affine_relu_max_pool(z, scale, shift, kernel, stride, padding, ceil_mode, *bounds)
+        p, code, n = ops.affine_relu_max_pool(
+            z, scale, shift, kernel, stride, padding, ceil_mode, *bounds, count=True
+        )
         assert torch.equal(p, want)
+        assert torch.equal(n, CLAMPS[bounds](y).count_nonzero((2, 3)).double())
         g = torch.randint(-3, 4, p.shape, generator=torch.Generator().manual_seed(0)).double()
         (want_gz,) = torch.autograd.grad(want, z, g)
         (gz,) = torch.autograd.grad(p, z, g)
@@ -75,7 +78,7 @@ def test_a_guided_gradient_is_summed_before_its_sign_counts(layout: str, guided:
     # Two windows share the maximum in the middle; their gradients are 3 and -1.
     z = LAYOUTS[layout](torch.tensor([1.0, 5.0, 1.0]).view(1, 1, 1, 3).expand(1, 2, 1, 3))
     geometry = ([1, 2], [1, 1], [0, 0])
-    p, code = ops.affine_relu_max_pool(z, None, None, *geometry)
+    p, code, _ = ops.affine_relu_max_pool(z, None, None, *geometry)
     g = torch.tensor([3.0, -1.0]).view(1, 1, 1, 2).expand(1, 2, 1, 2) * torch.tensor([1, -1]).view(
         1, 2, 1, 1
     )

@@ -32,7 +32,7 @@ def samples(op: str) -> dict[str, Call]:
             op, shape, torch.float64, layouts=("reversed", "contiguous"), bounds=(None, 6.0), attribute=2
         ),
         "little": make_call(
-            op, (1, 1, 1, 2), scale=False, shift=False, residual=False, attribute=0,
+            op, (1, 1, 1, 2), scale=False, shift=False, residual=False, attribute=0, count=False,
             pool=([1, 1], [1, 1], [0, 0], True),
         ),
     }  # fmt: skip
@@ -167,16 +167,16 @@ def test_an_op_without_a_gradient_fails_in_backward(op: str) -> None:
 
 
 def network(z: Tensor, residual: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    y = ops.affine_relu(z, scale, None, residual, 0.0, 6.0)
-    p, _ = ops.affine_relu_max_pool(y, scale, scale, [2, 2], [2, 2], [0, 0])
-    return p, ops.attribution(y.detach(), residual)
+    y, n = ops.affine_relu(z, scale, None, residual, 0.0, 6.0, count=True)
+    p, *_ = ops.affine_relu_max_pool(y, scale, scale, [2, 2], [2, 2], [0, 0])
+    return p, n, ops.attribution(y.detach(), residual)
 
 
 def in_place(z: Tensor, residual: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     a, h, g = z + 1, residual * 2, residual * 3
-    ops.affine_relu_(a, scale)
+    n = ops.affine_relu_(a, scale, count=True)
     s = ops.affine_relu_backward_(a, h, scale)
-    return a, h, g, s, *ops.affine_add_relu_backward_(a, g, residual, scale, attribute=2)
+    return a, n, h, g, s, *ops.affine_add_relu_backward_(a, g, residual, scale, attribute=2)
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ def test_compiled_code_gives_the_same_results(compiler: str, layout: str) -> Non
     z.requires_grad_()
     results = []
     for function in (network, torch.compile(network, fullgraph=True, backend=compiler)):
-        p, s = function(z, residual, scale)
+        p, n, s = function(z, residual, scale)
         (gz,) = torch.autograd.grad(p.square().sum(), z)
-        results.append([p, s, gz])
+        results.append([p, n, s, gz])
     if compiler == "aot_eager":  # the other one would have to build C++ for what is not ours in it
         z = z.detach()
         results[0] += in_place(z, residual, scale)

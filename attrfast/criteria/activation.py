@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from attrfast.criteria.base import Criterion, register_criterion
+from attrfast.map_statistics import share_not_zero
 
 
 class ActivationCriterion(Criterion):
@@ -47,12 +48,7 @@ class APoZ(ActivationCriterion):
     Efficient Deep Architectures, eq. 1.
     """
 
-    def statistic(self, maps: torch.Tensor) -> torch.Tensor:
-        if maps.dim() == 2:
-            return (maps != 0).to(torch.float64)
-        # A count is exact in any order of summation, unlike a mean in a narrow dtype.
-        count = torch.count_nonzero(maps, tuple(range(2, maps.dim())))
-        return count.to(torch.float64) / max(1, maps.shape[2:].numel())
+    statistic = staticmethod(share_not_zero)  # which kernels count while they make a map
 
 
 @register_criterion("hrank")

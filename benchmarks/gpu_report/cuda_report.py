@@ -190,19 +190,23 @@ def counted() -> dict[str, Run]:
 def _count_elementwise(module: Any, dtype: torch.dtype, out: dict[str, Run]) -> None:
     lanes = 16 // dtype.itemsize
     for path, shape, last in (
-        ("rows_kernel<{op}<{t}>>", (2, 4, 56, 56), False),
-        ("packed_kernel<{op}<{t}>>", (2, 64, 14, 14), False),
-        (f"columns_kernel<{{op}}<{{t}}>, {lanes}>", (2, 64, 28, 28), True),
-        ("columns_kernel<{op}<{t}>, 1>", (2, 37, 28, 28), True),
+        ("rows_kernel<{op}>", (2, 4, 56, 56), False),
+        ("packed_kernel<{op}>", (2, 64, 14, 14), False),
+        (f"columns_kernel<{{op}}, {lanes}>", (2, 64, 28, 28), True),
+        ("columns_kernel<{op}, 1>", (2, 37, 28, 28), True),
     ):
         a, g = _laid(shape, dtype, last), _laid(shape, dtype, last)
         vector = torch.ones(shape[1], dtype=torch.promote_types(dtype, torch.float32))
         for op, method, args in (
-            ("AffineReluOp", "affine_relu", {"z": a, "scale": vector, "shift": vector}),
-            ("BackwardOp", "affine_relu_backward", {"a": a, "g": g, "scale": vector}),
-            ("AttributionOp", "attribution", {"x": a, "g": g}),
+            ("AffineReluOp<{t}, false>", "affine_relu", {"z": a, "scale": vector, "shift": vector}),
+            (
+                *("AffineReluOp<{t}, true>", "affine_relu"),
+                {"z": a, "scale": vector, "shift": vector, "count": True},
+            ),
+            ("BackwardOp<{t}>", "affine_relu_backward", {"a": a, "g": g, "scale": vector}),
+            ("AttributionOp<{t}>", "attribution", {"x": a, "g": g}),
         ):
-            kernel = path.format(op=op, t=TYPES[dtype])
+            kernel = path.format(op=op.format(t=TYPES[dtype]))
             _count(module, kernel, method, args, _words(shape, last), out, aligned=shape[1] != 37)
 
 
@@ -212,9 +216,9 @@ def _count_poolings(module: Any, dtype: torch.dtype, out: dict[str, Run]) -> Non
     for window, (kernel, stride, padding) in POOLINGS.items():
         geometry = {"kernel": kernel, "stride": stride, "padding": padding}
         for form, shape, last in (
-            (f"staged_kernel<{t}, {window}>", (1, 4, 112, 112), False),
-            (f"direct_kernel<{t}, {lanes}, {window}>", (1, 64, 56, 56), True),
-            (f"direct_kernel<{t}, 1, {window}>", (1, 37, 28, 28), True),
+            (f"staged_kernel<{t}, {window}", (1, 4, 112, 112), False),
+            (f"direct_kernel<{t}, {lanes}, {window}", (1, 64, 56, 56), True),
+            (f"direct_kernel<{t}, 1, {window}", (1, 37, 28, 28), True),
         ):
             if ", 1," in form and window != "AnyWindow":
                 continue
@@ -224,10 +228,13 @@ def _count_poolings(module: Any, dtype: torch.dtype, out: dict[str, Run]) -> Non
             words = f"{_words(shape, last)}, {kernel[0]}x{kernel[1]} stride {stride[0]}"
             aligned = shape[1] != 37
             _allow_all(module)
-            p, code = backend.affine_relu_max_pool(**args)
-            _count(module, f"pool_{form}", "affine_relu_max_pool", args, words, out, aligned)
+            p, code, _ = backend.affine_relu_max_pool(**args)
+            for count, name in ((False, "false"), (True, "true")):
+                counting = {**args, "count": count}
+                kernel = f"pool_{form}, {name}>"
+                _count(module, kernel, "affine_relu_max_pool", counting, words, out, aligned)
             args = {"p": p, "code": code, "g": p.clone(), "scale": vector, "size": shape[2:], **geometry}
-            name = f"pool_backward_{form}"
+            name = f"pool_backward_{form}>"
             _count(module, name, "affine_relu_max_pool_backward", args, words, out, aligned)
 
 
@@ -249,6 +256,7 @@ def _count(
     results = getattr(CudaBackend(module, lambda x: (0, 0)), method)(**args)
     (shared, moved, wide, vectors), *_ = module.launches()
     floor = _bytes(args) + _bytes(results)
+    words += ", counting" if args.get("count") else ""
     out[kernel] = Run(f"{method} {words}", shared, wide / (moved - vectors), moved / floor, aligned)
 
 

@@ -53,7 +53,7 @@ class Row:
             out.append(f"a stack of {self.stack} bytes")
         if self.aligned and self.load < 16:
             out.append(f"loads of {self.load} bytes where 16 are possible")
-        if self.aligned and self.wide < 0.75:
+        if self.aligned and self.wide < 0.7:
             out.append(f"only {self.wide:.0%} of the bytes move 16 at a time")
         return out
 

@@ -7,6 +7,7 @@ changes nothing in how often a row is read.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -91,6 +92,10 @@ def _elementwise(
         z, residual, scale = arguments(device, 2)
         backend.affine_relu_(z, scale, scale, residual)
 
+    def counting(device: str) -> None:
+        z, residual, scale = arguments(device, 2)
+        backend.affine_relu_(z, scale, scale, residual, count=True)
+
     def relu_backward(device: str) -> None:
         a, g, scale = arguments(device, 2)
         backend.affine_relu_backward_(a, g, scale)
@@ -103,7 +108,12 @@ def _elementwise(
         x, g, _ = arguments(device, 2)
         backend.attribution(x, g)
 
+    def nonzero(device: str) -> None:
+        backend.count_nonzero(arguments(device, 1)[0])
+
     yield Case(f"affine_relu {name}", dtype, forward, 3 * count * e, aligned, usual)
+    yield Case(f"affine_relu counting {name}", dtype, counting, 3 * count * e + sums, aligned, usual)
+    yield Case(f"count_nonzero {name}", dtype, nonzero, count * e + sums, aligned, usual)
     yield Case(
         f"affine_relu_backward {name}", dtype, relu_backward, 3 * count * e + sums, aligned, usual
     )
@@ -123,9 +133,9 @@ def _pooling(
         aligned, usual = last or pool is TILING, named == POOLED[0]
         name = f"{kind} {_name(named, dtype, last)}"
 
-        def forward(device: str, pool: tuple[list[int], ...] = pool) -> None:
-            scale = torch.ones(c, dtype=wide, device=device)
-            backend.affine_relu_max_pool(_laid(shape, dtype, last, device), scale, scale, *pool)
+        def forward(device: str, pool: tuple[list[int], ...] = pool, *, count: bool = False) -> None:
+            z, scale = _laid(shape, dtype, last, device), torch.ones(c, dtype=wide, device=device)
+            backend.affine_relu_max_pool(z, scale, scale, *pool, count=count)
 
         def backward(device: str, pool: tuple[list[int], ...] = pool) -> None:
             scale = torch.ones(c, dtype=wide, device=device)
@@ -136,8 +146,10 @@ def _pooling(
 
         windows = n * c * (h // 2) * (w // 2)
         moved = e * n * c * h * w + windows * (e + 1)
-        yield Case(f"max_pool {name}", dtype, forward, moved, aligned, usual)
         sums = n * c * wide.itemsize
+        counting = functools.partial(forward, count=True)
+        yield Case(f"max_pool {name}", dtype, forward, moved, aligned, usual)
+        yield Case(f"max_pool counting {name}", dtype, counting, moved + sums, aligned, usual)
         yield Case(
             f"max_pool_backward {name}", dtype, backward, moved + windows * e + sums, aligned, usual
         )

@@ -110,39 +110,71 @@ static inline C clamp(C y, C lower, C upper) {
   return y > upper ? upper : y;
 }
 
-template <class T, bool kResidual>
-static void affine_relu_typed(const Shape& shape, const AffineRelu& op, int threads) {
+// What a stored element adds to a count: 1 unless it is zero, and NaN where it is not finite.
+template <class T>
+static inline Compute<T> counted(T stored) {
+  const Compute<T> y = Element<T>::load(stored);
+  return (y != 0 ? 1 : 0) + 0 * y;
+}
+
+// One element; returns what it adds to the count.
+template <class T, bool kResidual, bool kCount>
+static inline Compute<T> forward_element(const T* z, const T* r, T* y, int64_t i, Compute<T> scale,
+                                         Compute<T> shift, Compute<T> lower, Compute<T> upper) {
   using E = Element<T>;
+  Compute<T> v = E::load(z[i]) * scale + shift;
+  if (kResidual) v += E::load(r[i]);
+  v = clamp(v, lower, upper);
+  // Stored twice in words: GCC does not vectorise loops with a variable of the 16-bit structs.
+  y[i] = E::store(v);
+  return kCount ? counted<T>(E::store(v)) : 0;
+}
+
+template <class T, bool kResidual, bool kCount>
+static void affine_relu_typed(const Shape& shape, const AffineRelu& op, int threads) {
   using C = Compute<T>;
   const T* z = static_cast<const T*>(op.z);
   const T* r = static_cast<const T*>(op.residual);
   T* y = static_cast<T*>(op.y);
+  C* count = static_cast<C*>(op.count);
   const C lower = static_cast<C>(op.lower), upper = static_cast<C>(op.upper);
   const PerChannel<C> scales(op.scale, shape.c, 1), shifts(op.shift, shape.c, kNoShift);
   const C *scale = scales.data(), *shift = shifts.data();
+  const int64_t channels = shape.c;
   if (shape.layout == kChannelsFirst) {
+    const int64_t block = kCount ? kBlock : shape.p;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < shape.n * shape.c; ++row) {
-      const C a = scale[row % shape.c], b = shift[row % shape.c];
-      const int64_t start = row * shape.p;
-#pragma omp simd
-      for (int64_t i = start; i < start + shape.p; ++i) {
-        C v = E::load(z[i]) * a + b;
-        if (kResidual) v += E::load(r[i]);
-        y[i] = E::store(clamp(v, lower, upper));
+    for (int64_t row = 0; row < shape.n * channels; ++row) {
+      const C a = scale[row % channels], b = shift[row % channels];
+      const int64_t end = (row + 1) * shape.p;
+      double total = 0;
+      for (int64_t start = row * shape.p; start < end; start += block) {
+        const int64_t stop = smaller(start + block, end);
+        C sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = start; i < stop; ++i)
+          sum += forward_element<T, kResidual, kCount>(z, r, y, i, a, b, lower, upper);
+        total += sum;
       }
+      if (kCount) count[row] = static_cast<C>(total);
     }
-  } else {
+    return;
+  }
+  if (kCount) {
+    sum_channels_last<C>(shape, count, true, threads, [=](int64_t start, C* acc) {
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c)
+        acc[c] +=
+            forward_element<T, kResidual, true>(z, r, y, start + c, scale[c], shift[c], lower, upper);
+    });
+    return;
+  }
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < shape.n * shape.p; ++row) {
-      const int64_t start = row * shape.c;
+  for (int64_t row = 0; row < shape.n * shape.p; ++row) {
 #pragma omp simd
-      for (int64_t c = 0; c < shape.c; ++c) {
-        C v = E::load(z[start + c]) * scale[c] + shift[c];
-        if (kResidual) v += E::load(r[start + c]);
-        y[start + c] = E::store(clamp(v, lower, upper));
-      }
-    }
+    for (int64_t c = 0; c < channels; ++c)
+      forward_element<T, kResidual, false>(z, r, y, row * channels + c, scale[c], shift[c], lower,
+                                           upper);
   }
 }
 
@@ -216,9 +248,19 @@ static void backward_what(const Shape& shape, const AffineReluBackward& op, int 
 
 // -- attribution ------------------------------------------------------------------------------------
 
-template <class T, bool kAbsolute>
-static void attribution_typed(const Shape& shape, const Attribution& op, int threads) {
+enum Measure { kProduct, kAbsoluteProduct, kNonzero };
+
+// What one element adds to the sum.
+template <class T, Measure kWhat>
+static inline Compute<T> measured(const T* x, const T* g, int64_t i) {
   using E = Element<T>;
+  if (kWhat == kNonzero) return counted<T>(x[i]);
+  const Compute<T> flow = E::load(x[i]) * E::load(g[i]);
+  return kWhat == kAbsoluteProduct && flow < 0 ? -flow : flow;
+}
+
+template <class T, Measure kWhat>
+static void attribution_typed(const Shape& shape, const Attribution& op, int threads) {
   using C = Compute<T>;
   const T* x = static_cast<const T*>(op.x);
   const T* g = static_cast<const T*>(op.g);
@@ -232,10 +274,7 @@ static void attribution_typed(const Shape& shape, const Attribution& op, int thr
         const int64_t stop = smaller(start + kBlock, end);
         C sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = start; i < stop; ++i) {
-          const C flow = E::load(x[i]) * E::load(g[i]);
-          sum += kAbsolute && flow < 0 ? -flow : flow;
-        }
+        for (int64_t i = start; i < stop; ++i) sum += measured<T, kWhat>(x, g, i);
         total += sum;
       }
       s[row] = static_cast<C>(total);
@@ -245,10 +284,7 @@ static void attribution_typed(const Shape& shape, const Attribution& op, int thr
   const int64_t channels = shape.c;
   sum_channels_last<C>(shape, s, true, threads, [=](int64_t start, C* acc) {
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      const C flow = E::load(x[start + c]) * E::load(g[start + c]);
-      acc[c] += kAbsolute && flow < 0 ? -flow : flow;
-    }
+    for (int64_t c = 0; c < channels; ++c) acc[c] += measured<T, kWhat>(x, g, start + c);
   });
 }
 
@@ -278,10 +314,14 @@ static void attribution_typed(const Shape& shape, const Attribution& op, int thr
   }
 
 static void affine_relu(Dtype dtype, const Shape& shape, const AffineRelu& op, int threads) {
-  if (op.residual) {
-    ATTRFAST_BY_DTYPE(dtype, (affine_relu_typed<T, true>(shape, op, threads)))
+  if (op.residual && op.count) {
+    ATTRFAST_BY_DTYPE(dtype, (affine_relu_typed<T, true, true>(shape, op, threads)))
+  } else if (op.residual) {
+    ATTRFAST_BY_DTYPE(dtype, (affine_relu_typed<T, true, false>(shape, op, threads)))
+  } else if (op.count) {
+    ATTRFAST_BY_DTYPE(dtype, (affine_relu_typed<T, false, true>(shape, op, threads)))
   } else {
-    ATTRFAST_BY_DTYPE(dtype, (affine_relu_typed<T, false>(shape, op, threads)))
+    ATTRFAST_BY_DTYPE(dtype, (affine_relu_typed<T, false, false>(shape, op, threads)))
   }
 }
 
@@ -300,16 +340,22 @@ static void affine_relu_backward(Dtype dtype, const Shape& shape, const AffineRe
 }
 
 static void attribution(Dtype dtype, const Shape& shape, const Attribution& op, int threads) {
-  if (op.absolute) {
-    ATTRFAST_BY_DTYPE(dtype, (attribution_typed<T, true>(shape, op, threads)))
+  if (!op.g) {
+    ATTRFAST_BY_DTYPE(dtype, (attribution_typed<T, kNonzero>(shape, op, threads)))
+  } else if (op.absolute) {
+    ATTRFAST_BY_DTYPE(dtype, (attribution_typed<T, kAbsoluteProduct>(shape, op, threads)))
   } else {
-    ATTRFAST_BY_DTYPE(dtype, (attribution_typed<T, false>(shape, op, threads)))
+    ATTRFAST_BY_DTYPE(dtype, (attribution_typed<T, kProduct>(shape, op, threads)))
   }
 }
 
 static void affine_relu_max_pool(Dtype dtype, const Shape& shape, const Pool& pool,
                                  const AffineReluMaxPool& op, int threads) {
-  ATTRFAST_BY_DTYPE(dtype, (max_pool_typed<T>(shape, pool, op, threads)))
+  if (op.count) {
+    ATTRFAST_BY_DTYPE(dtype, (max_pool_typed<T, true>(shape, pool, op, threads)))
+  } else {
+    ATTRFAST_BY_DTYPE(dtype, (max_pool_typed<T, false>(shape, pool, op, threads)))
+  }
 }
 
 static void affine_relu_max_pool_backward(Dtype dtype, const Shape& shape, const Pool& pool,

@@ -7,7 +7,20 @@ struct Span {
       : first(start < 0 ? -start : 0), last(smaller(kernel, size - start)) {}
 };
 
-template <class T>
+// The rows of input that belong to a row of windows: from its first one to that of the next windows. Every
+// row belongs to one, those that no window covers too.
+struct OwnRows {
+  int64_t first, last;
+  OwnRows(const Pool& pool, int64_t oy)
+      : first(oy == 0 ? 0 : start(pool, oy)), last(oy + 1 == pool.rows ? pool.h : start(pool, oy + 1)) {}
+
+ private:
+  static int64_t start(const Pool& pool, int64_t oy) {
+    return larger(0, smaller(pool.h, oy * pool.stride[0] - pool.padding[0]));
+  }
+};
+
+template <class T, bool kCount>
 static void max_pool_typed(const Shape& shape, const Pool& pool, const AffineReluMaxPool& op,
                            int threads) {
   using E = Element<T>;
@@ -22,6 +35,10 @@ static void max_pool_typed(const Shape& shape, const Pool& pool, const AffineRel
   // worked on side by side: a row's outputs, or an output's channels.
   const int64_t planes = first_layout ? shape.n * shape.c : shape.n;
   const int64_t width = first_layout ? pool.columns : shape.c;
+  // Counts of the tasks' own rows, which are in the cache when their windows are done: windows overlap,
+  // or leave rows out, and the rows do not.
+  const int64_t lanes = first_layout ? 1 : shape.c;
+  C* partial = kCount ? new C[planes * pool.rows * lanes] : nullptr;
 #pragma omp parallel num_threads(threads)
   {
     C* best = new C[width];
@@ -61,6 +78,14 @@ static void max_pool_typed(const Shape& shape, const Pool& pool, const AffineRel
           p_all[out + ox] = E::store(best[ox]);
           op.code[out + ox] = place[ox];
         }
+        if (kCount) {
+          const OwnRows own(pool, oy);
+          C sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t i = own.first * pool.w; i < own.last * pool.w; ++i)
+            sum += counted<T>(E::store(clamp(E::load(z[i]) * a + b, lower, upper)));
+          partial[task] = sum;
+        }
         continue;
       }
       const T* z = z_all + plane * pool.h * pool.w * width;
@@ -91,10 +116,32 @@ static void max_pool_typed(const Shape& shape, const Pool& pool, const AffineRel
           op.code[out + c] = place[c];
         }
       }
+      if (kCount) {
+        const OwnRows own(pool, oy);
+        C* sum = partial + task * width;
+        for (int64_t c = 0; c < width; ++c) sum[c] = 0;
+        for (int64_t i = own.first * pool.w; i < own.last * pool.w; ++i) {
+#pragma omp simd
+          for (int64_t c = 0; c < width; ++c)
+            sum[c] += counted<T>(
+                E::store(clamp(E::load(z[i * width + c]) * scale[c] + shift[c], lower, upper)));
+        }
+      }
     }
     delete[] best;
     delete[] place;
   }
+  if (!kCount) return;
+  C* count = static_cast<C*>(op.count);
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    for (int64_t c = 0; c < lanes; ++c) {
+      double total = 0;
+      for (int64_t row = 0; row < pool.rows; ++row)
+        total += partial[(plane * pool.rows + row) * lanes + c];
+      count[plane * lanes + c] = static_cast<C>(total);
+    }
+  }
+  delete[] partial;
 }
 
 // Gathers instead of scattering: each input place asks the windows over it whether it is their maximum.

@@ -40,17 +40,23 @@ inline void bind(pybind11::module_& m) {
   m.def("sums_scratch", [](int dtype, int layout, int64_t n, int64_t c, int64_t p) {
     return sums_scratch(static_cast<Dtype>(dtype), shape_of(n, c, p, layout));
   });
-  m.def("pool_scratch", [](int dtype, int layout, int64_t n, int64_t c, Two input, Two output,
-                           Two kernel, Two stride, Two padding) {
-    return pool_scratch(static_cast<Dtype>(dtype), shape_of(n, c, output.first * output.second, layout),
-                        pool_of(input, output, kernel, stride, padding));
-  });
+  const auto scratch_of = [&m](const char* name, int64_t (*scratch)(Dtype, const Shape&, const Pool&)) {
+    m.def(name, [scratch](int dtype, int layout, int64_t n, int64_t c, Two input, Two output, Two kernel,
+                          Two stride, Two padding) {
+      return scratch(static_cast<Dtype>(dtype), shape_of(n, c, output.first * output.second, layout),
+                     pool_of(input, output, kernel, stride, padding));
+    });
+  };
+  scratch_of("pool_scratch", pool_scratch);
+  scratch_of("pool_backward_scratch", pool_backward_scratch);
   m.def(
       "affine_relu",
       [](int dtype, int layout, int64_t n, int64_t c, int64_t p, Address z, Address scale, Address shift,
-         Address residual, Address y, double lower, double upper, int device, Address stream) {
+         Address residual, Address y, Address count, double lower, double upper, Address scratch,
+         int device, Address stream) {
         affine_relu(static_cast<Dtype>(dtype), shape_of(n, c, p, layout),
-                    {in(z), in(scale), in(shift), in(residual), out(y), lower, upper}, {device, stream});
+                    {in(z), in(scale), in(shift), in(residual), out(y), out(count), lower, upper},
+                    doubles(scratch), {device, stream});
       },
       unlocked);
   m.def(
@@ -75,13 +81,14 @@ inline void bind(pybind11::module_& m) {
   m.def(
       "affine_relu_max_pool",
       [](int dtype, int layout, int64_t n, int64_t c, Two input, Two output, Two kernel, Two stride,
-         Two padding, Address z, Address scale, Address shift, Address p, Address code, double lower,
-         double upper, int device, Address stream) {
-        affine_relu_max_pool(
-            static_cast<Dtype>(dtype), shape_of(n, c, output.first * output.second, layout),
-            pool_of(input, output, kernel, stride, padding),
-            {in(z), in(scale), in(shift), out(p), static_cast<uint8_t*>(out(code)), lower, upper},
-            {device, stream});
+         Two padding, Address z, Address scale, Address shift, Address p, Address code, Address count,
+         double lower, double upper, Address scratch, int device, Address stream) {
+        affine_relu_max_pool(static_cast<Dtype>(dtype),
+                             shape_of(n, c, output.first * output.second, layout),
+                             pool_of(input, output, kernel, stride, padding),
+                             {in(z), in(scale), in(shift), out(p), static_cast<uint8_t*>(out(code)),
+                              out(count), lower, upper},
+                             doubles(scratch), {device, stream});
       },
       unlocked);
   m.def(

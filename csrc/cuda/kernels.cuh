@@ -11,12 +11,20 @@ namespace attrfast::cuda {
 
 // -- affine_relu ------------------------------------------------------------------------------------
 
+// What a value adds to a count when it is stored: 1 unless it is zero then, and NaN where it is not finite.
 template <class T>
+__device__ __forceinline__ Compute<T> counted(Compute<T> value) {
+  using C = Compute<T>;
+  const C y = Element<T>::load(Element<T>::store(value));
+  return (y != C(0) ? C(1) : C(0)) + C(0) * y;
+}
+
+template <class T, bool kCount>
 struct AffineReluOp {
   using Type = T;
   using C = Compute<T>;
   using Given = AffineRelu;
-  static constexpr bool kSums = false;
+  static constexpr bool kSums = kCount;
   struct Channel {
     C scale, shift;
   };
@@ -35,7 +43,7 @@ struct AffineReluOp {
         lower(static_cast<C>(op.lower)),
         upper(static_cast<C>(op.upper)) {}
 
-  __device__ bool sums() const { return false; }
+  __device__ bool sums() const { return kCount; }
 
   __device__ Channel channel(int64_t c) const {
     // A missing shift adds -0: adding 0 would lose the sign of -0.
@@ -52,7 +60,7 @@ struct AffineReluOp {
   }
 
   template <int V>
-  __device__ void slot(int64_t at, const Part& part, const Channel* channels, C*) const {
+  __device__ void slot(int64_t at, const Part& part, const Channel* channels, C* count) const {
     C value[V], other[V];
     load_slot<T, V>(z + at, part, value);
     if (residual) load_slot<T, V>(residual + at, part, other);
@@ -61,6 +69,8 @@ struct AffineReluOp {
       C v = value[j] * channels[j].scale + channels[j].shift;
       if (residual) v += other[j];
       value[j] = clamp(v, lower, upper);
+      // Elements outside the part read as 0, of which a shift makes something else.
+      if (kCount) count[j] = j >= part.first && j < part.last ? counted<T>(value[j]) : C(0);
     }
     store_slot<T, V>(y + at, part, value);
   }
@@ -147,6 +157,11 @@ struct AttributionOp {
   __device__ void slot(int64_t at, const Part& part, const Channel*, C* flow) const {
     C left[V], right[V];
     load_slot<T, V>(x + at, part, left);
+    if (!g) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) flow[j] = counted<T>(left[j]);
+      return;
+    }
     load_slot<T, V>(g + at, part, right);
 #pragma unroll
     for (int j = 0; j < V; ++j) {

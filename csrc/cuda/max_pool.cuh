@@ -16,6 +16,7 @@ struct FixedWindow {
   __device__ constexpr int kernel(int) const { return K; }
   __device__ constexpr int stride(int) const { return S; }
   __device__ constexpr int padding(int) const { return P; }
+  __device__ constexpr int reach(int, int, int, bool) const { return K; }
 };
 
 struct AnyWindow {
@@ -27,6 +28,12 @@ struct AnyWindow {
   __device__ int kernel(int axis) const { return k[axis]; }
   __device__ int stride(int axis) const { return s[axis]; }
   __device__ int padding(int axis) const { return p[axis]; }
+  // Places from the start of a window on that are its own, or before the next window (of the last one: all
+  // that are left): what a count must see, where not every place is in a window.
+  __device__ int reach(int axis, int start, int size, bool last) const {
+    const int left = size - start, own = last || s[axis] > left ? left : s[axis];
+    return own > k[axis] ? own : k[axis];
+  }
 };
 
 __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
@@ -99,10 +106,53 @@ struct Band {
   }
 };
 
+// Counts the places of an item's planes, or of its band down to the next one's first window. `tile` holds
+// the input from row `top` to `bottom`; of a band, rows that no window covers may lie below.
 template <class T, class Window>
+__device__ void count_tile(const AffineReluMaxPool& op, const Shape& shape, const Pool& pool,
+                           const PoolCut& cut, const Window& window, const Band& band, const T* tile,
+                           int top, int bottom, double* shared, const Sums<Compute<T>>& sums) {
+  using C = Compute<T>;
+  const C *scale = static_cast<const C*>(op.scale), *shift = static_cast<const C*>(op.shift);
+  const C lower = static_cast<C>(op.lower), upper = static_cast<C>(op.upper);
+  const auto channel = [&](int64_t plane) { return plane - quotient(plane, shape.c) * shape.c; };
+  const auto one = [&](T z, C a, C b) {
+    return counted<T>(clamp(Element<T>::load(z) * a + b, lower, upper));
+  };
+  if (cut.planes == 1) {
+    const int64_t c = channel(band.plane);
+    const C a = scale ? read(scale + c) : C(1), b = shift ? read(shift + c) : C(-0.0);
+    const int h = static_cast<int>(pool.h);
+    const int64_t next = int64_t{band.last} * window.stride(0) - window.padding(0);
+    const int own = band.last == pool.rows || next > h ? h : most(0, static_cast<int>(next));
+    const T* z = static_cast<const T*>(op.z) + (band.plane * h + top) * pool.w;
+    const int64_t there = (bottom - top) * pool.w, end = (own - top) * pool.w;
+    C sum = 0;
+    for (int64_t i = threadIdx.x; i < end; i += kThreads)
+      sum += one(i < there ? tile[i] : read(z + i), a, b);
+    const double total = block_sum(sum, shared);
+    if (threadIdx.x == 0) sums.put(band.plane, band.piece, total);
+    return;
+  }
+  const int size = static_cast<int>(pool.h * pool.w), at_once = kThreads / cut.group;
+  const int member = static_cast<int>(threadIdx.x) % cut.group;
+  for (int base = 0; base < band.planes; base += at_once) {  // as many rounds for every thread
+    const int plane = base + static_cast<int>(threadIdx.x) / cut.group;
+    C sum = 0;
+    if (plane < band.planes) {
+      const int64_t c = channel(band.plane + plane);
+      const C a = scale ? read(scale + c) : C(1), b = shift ? read(shift + c) : C(-0.0);
+      for (int i = member; i < size; i += cut.group) sum += one(tile[plane * size + i], a, b);
+    }
+    sum = group_sum(sum, cut.group);
+    if (member == 0 && plane < band.planes) sums.put(band.plane + plane, 0, sum);
+  }
+}
+
+template <class T, class Window, bool kCount>
 __global__ void __launch_bounds__(kThreads, 2)
     pool_staged_kernel(AffineReluMaxPool op, Shape shape, Pool pool, PoolCut cut, Window window,
-                       bool aligned) {
+                       bool aligned, Sums<Compute<T>> sums) {
   using E = Element<T>;
   using C = Compute<T>;
   constexpr int V = kLanes<T>;
@@ -137,6 +187,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
     __syncthreads();
+    if (kCount)
+      count_tile(op, shape, pool, cut, window, band, tile + (begin - start), top, bottom,
+                 reinterpret_cast<double*>(found), sums);
     const int height = band.last - band.first, count = band.planes * height * columns;
     const int64_t out = (band.plane * pool.rows + band.first) * columns;
     const uint32_t c_first = static_cast<uint32_t>(band.plane - quotient(band.plane, shape.c) * shape.c);
@@ -200,10 +253,10 @@ struct DirectItem {
   }
 };
 
-template <class T, int V, class Window>
+template <class T, int V, class Window, bool kCount>
 __global__ void __launch_bounds__(kThreads, 2)
     pool_direct_kernel(AffineReluMaxPool op, Shape shape, Pool pool, Cut cut, Window window,
-                       bool aligned) {
+                       bool aligned, Sums<Compute<T>> sums) {
   using C = Compute<T>;
   const T* z = static_cast<const T*>(op.z);
   const C *scale = static_cast<const C*>(op.scale), *shift = static_cast<const C*>(op.shift);
@@ -215,31 +268,45 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Part all = {0, V, aligned};
   for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
     const DirectItem<V> work(cut, place, item, positions);
-    if (!place.used || work.c >= step) continue;
+    const bool used = place.used && work.c < step;
+    if (!kCount && !used) continue;
     const int64_t first = work.plane * step + work.c, c = first - quotient(first, shape.c) * shape.c;
+    C count[V] = {};
     C a[V], b[V];
-    load_vector<V>(scale ? scale + c : nullptr, C(1), a);
-    load_vector<V>(shift ? shift + c : nullptr, C(-0.0), b);
-    for (int64_t position = work.begin + place.y; position < work.end; position += cut.height) {
-      const int64_t oy = quotient(position, pool.columns);
+    if (used) {
+      load_vector<V>(scale ? scale + c : nullptr, C(1), a);
+      load_vector<V>(shift ? shift + c : nullptr, C(-0.0), b);
+    }
+    for (int64_t position = work.begin + place.y; used && position < work.end; position += cut.height) {
+      const int64_t oy = quotient(position, pool.columns), ox = position - oy * pool.columns;
       const int y0 = static_cast<int>(oy) * window.stride(0) - window.padding(0);
-      const int x0 =
-          static_cast<int>(position - oy * pool.columns) * window.stride(1) - window.padding(1);
+      const int x0 = static_cast<int>(ox) * window.stride(1) - window.padding(1);
+      const bool last_y = oy + 1 == pool.rows, last_x = ox + 1 == pool.columns;
+      const int tall = kCount ? window.reach(0, y0, h, last_y) : window.kernel(0);
+      const int wide = kCount ? window.reach(1, x0, w, last_x) : window.kernel(1);
       Best<C> best[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) best[j] = {C(kLowest), most(0, -y0) * window.kernel(1) + most(0, -x0)};
 #pragma unroll
-      for (int ky = 0; ky < window.kernel(0); ++ky) {
+      for (int ky = 0; ky < tall; ++ky) {
         const int y = y0 + ky;
 #pragma unroll
-        for (int kx = 0; kx < window.kernel(1); ++kx) {
+        for (int kx = 0; kx < wide; ++kx) {
           const int x = x0 + kx;
           if (y < 0 || y >= h || x < 0 || x >= w) continue;
+          // A place is counted by the last window that begins before it, whose own it need not be.
+          const bool own = !kCount || (ky < window.kernel(0) && kx < window.kernel(1));
+          const bool mine =
+              kCount && (ky < window.stride(0) || last_y) && (kx < window.stride(1) || last_x);
+          if (!own && !mine) continue;
           C value[V];
           load_slot<T, V>(z + ((work.plane * h + y) * w + x) * step + work.c, all, value);
 #pragma unroll
-          for (int j = 0; j < V; ++j)
-            best[j].meet(clamp(value[j] * a[j] + b[j], lower, upper), ky * window.kernel(1) + kx);
+          for (int j = 0; j < V; ++j) {
+            const C v = clamp(value[j] * a[j] + b[j], lower, upper);
+            if (own) best[j].meet(v, ky * window.kernel(1) + kx);
+            if (kCount) count[j] += mine ? counted<T>(v) : C(0);
+          }
         }
       }
       C value[V];
@@ -253,6 +320,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       store_slot<T, V>(static_cast<T*>(op.p) + out, all, value);
       store_bytes<V>(op.code + out, all, code);
     }
+    if (!kCount) continue;
+    sum_columns<V>(count, place, cut.width, cut.height, shared_memory());
+    if (used && place.y == 0)
+#pragma unroll
+      for (int j = 0; j < V; ++j) sums.put(first + j, work.piece, count[j]);
   }
 }
 

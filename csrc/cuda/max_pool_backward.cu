@@ -4,7 +4,7 @@
 
 namespace attrfast::cuda {
 
-int64_t pool_scratch(Dtype dtype, const Shape& shape, const Pool& pool) {
+int64_t pool_backward_scratch(Dtype dtype, const Shape& shape, const Pool& pool) {
   if (empty(shape)) return 0;
   const PoolCut cut = pool_backward_cut(shape, pool, element_bytes(dtype), kWarp);
   return cut.pieces == 1 ? 0 : shape.n * shape.c * cut.pieces;

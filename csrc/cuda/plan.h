@@ -122,7 +122,7 @@ struct PoolCut {
   int64_t items, pieces;  // pieces: of one plane
   int64_t planes;         // of an item
   int64_t band;           // rows of windows of an item
-  int group;              // neighbouring threads that add up a plane
+  int group;  // neighbouring threads that add up a plane: its input forward, its windows back
   Cut direct;
 };
 
@@ -155,13 +155,14 @@ inline PoolCut direct_cut(const Shape& shape, int64_t positions, int element) {
   return cut;
 }
 
-inline PoolCut pool_cut(const Shape& shape, const Pool& pool, int element) {
+inline PoolCut pool_cut(const Shape& shape, const Pool& pool, int element, int warp) {
   const int64_t room = kStagedBytes / element;
   const int64_t inputs = room / pool.w - pool.kernel[0];  // rows of input beside the first window's
   PoolCut cut = {};
   if (shape.layout == kChannelsFirst)
     cut = staged_cut(shape.n * shape.c, pool.h * pool.w, room,
                      inputs < 0 ? 0 : inputs / pool.stride[0] + 1, pool.rows);
+  cut.group = group_of(pool.h * pool.w, warp);
   return cut.staged ? cut : direct_cut(shape, pool.rows * pool.columns, element);
 }
 
@@ -176,9 +177,10 @@ inline PoolCut pool_backward_cut(const Shape& shape, const Pool& pool, int eleme
 }
 
 // Bytes of shared memory, with room for the slots at both ends.
-inline int pool_shared(const PoolCut& cut, int element) {
+inline int pool_shared(const PoolCut& cut, int element, int compute, bool count) {
   const int outgoing = kThreads * (16 / element) * (element + 1);
-  return cut.staged ? outgoing + kStagedBytes + 32 : 0;
+  if (cut.staged) return outgoing + kStagedBytes + 32;
+  return count ? kThreads * cut.direct.lanes * compute : 0;
 }
 
 inline int pool_backward_shared(const PoolCut& cut, int element, int compute) {
