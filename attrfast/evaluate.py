@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from attrfast.batches import Batch, check_labels, main_output, unpack
 from attrfast.errors import InputError
@@ -38,8 +39,11 @@ def evaluate(
     *,
     loss_fn: LossFunction | None = None,
     device: torch.device | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Runs a model over a loader in eval mode, and leaves it as it was.
+
+    `progress` shows a bar when standard error is a terminal.
 
     Raises:
         InputError: the loader is empty, or a batch or a label is not usable.
@@ -52,7 +56,7 @@ def evaluate(
     samples, classifies = 0, True
     with preserved(model), torch.no_grad():
         model.eval()
-        for raw in loader:
+        for raw in tqdm(loader, desc="evaluating", leave=False, disable=None if progress else True):
             batch = unpack(raw, place)
             output = batch.feed(model)
             if loss is None:

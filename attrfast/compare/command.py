@@ -162,7 +162,8 @@ def _run(
     """Compares and prints; returns how much failed."""
     import torch
 
-    from attrfast.compare import names, recipes, run
+    from attrfast import names
+    from attrfast.compare import recipes, run
     from attrfast.compare.published import published
     from attrfast.errors import InputError
     from attrfast.finetune import FineTune
