@@ -20,6 +20,7 @@ from attrfast.finetune import FineTune
 from attrfast.measure import Measurement
 from attrfast.pruner import prune
 from attrfast.recipe import Recipe
+from attrfast.reports import report
 from attrfast.result import PruneResult, Step
 from attrfast.saving import load, read_recipe
 from attrfast.scores import Scores
@@ -50,4 +51,5 @@ __all__ = [
     "prune",
     "read_recipe",
     "register_criterion",
+    "report",
 ]
