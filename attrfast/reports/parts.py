@@ -92,14 +92,12 @@ def curve(history: Sequence[Step]) -> Curve | None:
         return None
     share = [100 * row.macs / history[0].macs for row in history]
     top1 = [100 * row.top1 for row in history]
-    left = min(share)
-    left = 0.0 if left < 50 else 10 * math.floor(left / 10 - 0.3)
-    y_step = _step(max(top1) - min(top1) + 1e-9)
-    low = y_step * math.floor(min(top1) / y_step)
-    high = min(100.0, y_step * math.ceil(max(top1) / y_step))
-    if high <= low:
-        low -= y_step
-    low = max(0.0, low)
+    left = max(0.0, 10 * math.floor((min(share) - 5) / 10))
+    # At least two points of accuracy, so that a few images more or less don't look like a fall.
+    high = min(100.0, max(top1) + max(0.0, 2 - (max(top1) - min(top1))) / 2)
+    y_step = _step(max(high - min(top1), 2.0))
+    low = max(0.0, y_step * math.floor(min(min(top1), high - 2) / y_step))
+    high = min(100.0, y_step * math.ceil(high / y_step))
 
     def x(value: float) -> float:
         return 100 * (100 - value) / (100 - left)
@@ -112,7 +110,8 @@ def curve(history: Sequence[Step]) -> Curve | None:
         for row, s, t in zip(history, share, top1, strict=True)
     ]
     line = "M" + "L".join(f"{a:.2f} {100 - b:.2f}" for a, b, _ in points)
-    x_ticks = [(x(v), f"{v:g}%") for v in _ticks(left, 100, _step(100 - left))]
+    x_step = _step(100 - left)
+    x_ticks = [(x(100 - v), f"{100 - v:g}%") for v in _ticks(0, 100 - left, x_step)]
     y_ticks = [(y(v), f"{v:g}%") for v in _ticks(low, high, y_step)]
     summary = (
         f"Top-1 on validation images against multiply-adds left, over {len(history) - 1} steps: from "
