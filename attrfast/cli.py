@@ -79,7 +79,7 @@ def demo(
 def main() -> None:
     """Runs the command; errors become one line on standard error and an exit status, see docs."""
     try:
-        status = app(standalone_mode=False)
+        status = app(standalone_mode=False, prog_name="attrfast")
     except AttrfastError as error:
         status = _told(str(error), UNUSABLE)
     except (typer.Abort, KeyboardInterrupt):
@@ -103,9 +103,9 @@ def _told(text: str, status: int) -> int:
 def _refused(error: Exception) -> int:
     status: int = getattr(error, "exit_code", 2)
     context = getattr(error, "ctx", None)
-    text = error.format_message()  # type: ignore[attr-defined]
-    if context is not None and text == context.get_help():  # no command was given
-        typer.echo(text)
+    text: str = error.format_message()  # type: ignore[attr-defined]
+    if not text or "\n" in text:  # no command was given: the help, or nothing if typer printed it itself
+        typer.echo(text, nl=bool(text))
         return status
     where = "attrfast" if context is None else context.command_path
     return _told(f"{text.rstrip('.')}; see {where} --help", status)
