@@ -49,7 +49,7 @@ def test_env_names_python_torch_and_the_backends() -> None:
         (["prun"], 2, "attrfast: No such command 'prun'"),
         (["score", "vgg_small", "--lowst", "3"], 2, "attrfast: No such option: --lowst"),
         (["score"], 2, "attrfast: Missing argument '"),
-        (["score", "vgg_small", "--lowest", "few"], 2, "attrfast: Invalid value for '--lowest': 'few'"),
+        (["score", "vgg_small", "--lowest", "few"], 2, "attrfast: Invalid value for '--lowest'"),
     ],
 )
 def test_errors_are_one_line_and_an_exit_status(
