@@ -21,6 +21,7 @@ from attrfast.measure import Measurement
 from attrfast.pruner import prune
 from attrfast.recipe import Recipe
 from attrfast.recorder import ScoreRecorder
+from attrfast.reports import report
 from attrfast.result import PruneResult, Step
 from attrfast.saving import load, read_recipe
 from attrfast.scores import Scores
@@ -52,4 +53,5 @@ __all__ = [
     "prune",
     "read_recipe",
     "register_criterion",
+    "report",
 ]

@@ -23,7 +23,7 @@ from attrfast.errors import InputError
 from attrfast.residual import ResidualBranch
 from attrfast.result import Step, row_from_json
 
-_STATE, _WEIGHTS = "pruning.json", "weights-{run}-{step:03d}.safetensors"
+STATE, _WEIGHTS = "pruning.json", "weights-{run}-{step:03d}.safetensors"
 
 
 @dataclasses.dataclass
@@ -89,7 +89,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "taken": [dataclasses.asdict(branch) for branch in checkpoint.taken],
     }
     text = json.dumps(state, indent=1) + "\n"
-    replace_file(folder / _STATE, lambda path: path.write_text(text))
+    replace_file(folder / STATE, lambda path: path.write_text(text))
     for old in folder.glob("weights-*.safetensors"):
         if old.name != weights.name:
             old.unlink()
@@ -108,7 +108,7 @@ def load(folder: Path, expected: str) -> Checkpoint | None:
     Raises:
         InputError: the files belong to another model or to other settings, or are damaged.
     """
-    path = folder / _STATE
+    path = folder / STATE
     if not path.exists():
         return None
     try:

@@ -63,8 +63,8 @@ def _backend_line(name: str, record: dict[str, str]) -> str:
     return "found: plain PyTorch, on any device"
 
 
-def report() -> str:
-    """The report, as lines of text."""
+def facts() -> dict[str, str]:
+    """What is found, by name."""
     record = _build_record()
     lines = [("python", platform.python_version()), ("platform", platform.platform())]
     lines += [(package, _version(package)) for package in _PACKAGES]
@@ -78,7 +78,12 @@ def report() -> str:
         lines.append(("ATTRFAST_BACKEND", forced or "not set: the fastest is used"))
     except BackendError as error:
         lines.append(("ATTRFAST_BACKEND", str(error)))
-    return "\n".join(f"{name:<18} {value}" for name, value in lines)
+    return dict(lines)
+
+
+def report() -> str:
+    """The facts, as lines of text."""
+    return "\n".join(f"{name:<18} {value}" for name, value in facts().items())
 
 
 if __name__ == "__main__":

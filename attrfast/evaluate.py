@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from attrfast.batches import Batch, check_labels, main_output, unpack
 from attrfast.errors import InputError
@@ -38,6 +39,7 @@ def evaluate(
     *,
     loss_fn: LossFunction | None = None,
     device: torch.device | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Runs a model over a loader in eval mode, and leaves it as it was.
 
@@ -46,6 +48,7 @@ def evaluate(
         loader: iterable of `(input, label)` batches; inputs (N, ...), labels (N,) int64.
         loss_fn: `loss_fn(output, batch)` in place of the cross-entropy.
         device: run there; None: where the model is.
+        progress: show a bar when standard error is a terminal.
 
     Raises:
         InputError: the loader is empty, or a batch or a label is not usable.
@@ -58,7 +61,7 @@ def evaluate(
     samples, classifies = 0, True
     with preserved(model), torch.no_grad():
         model.eval()
-        for raw in loader:
+        for raw in tqdm(loader, desc="evaluating", leave=False, disable=None if progress else True):
             batch = unpack(raw, place)
             output = batch.feed(model)
             if loss is None:

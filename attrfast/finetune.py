@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from attrfast.batches import Batch, check_labels, main_output, unpack
 from attrfast.criteria import Phase
@@ -102,10 +103,12 @@ def fine_tune(
     device: torch.device,
     seed: int = 0,
     phase: Phase | None = None,
+    bar: str | None = None,
 ) -> None:
     """Trains a model in place, and puts its training flags back.
 
-    `phase` hooks into the built-in training, and is not called by the user's callable.
+    `phase` hooks into the built-in training, and is not called by the user's callable. With `bar`, the
+    built-in training shows a bar of this name when standard error is a terminal.
 
     The built-in training draws from a random state of its own, so that the same seed gives the same
     result, and the global state stays as it was. The user's callable draws from the global one.
@@ -118,7 +121,7 @@ def fine_tune(
     try:
         if isinstance(how, FineTune):
             with seeded(seed, [loader], device):
-                _train(model, loader, how, loss_fn, device, phase or Phase())
+                _train(model, loader, how, loss_fn, device, phase or Phase(), bar)
         else:
             try:
                 how(model, step)
@@ -140,6 +143,7 @@ def _train(
     loss_fn: LossFunction | None,
     device: torch.device,
     phase: Phase,
+    bar: str | None,
 ) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if how.epochs == 0 or not parameters:
@@ -155,7 +159,7 @@ def _train(
     lost, last = torch.zeros((), dtype=torch.bool, device=device), torch.zeros(())
     model.train()
     for epoch in range(how.epochs):
-        for raw in loader:
+        for raw in _watched(loader, bar, epoch, how.epochs, batches):
             batch = unpack(raw, device)
             if batch.samples == 1 and normalised:
                 continue  # a batch norm has no statistics of one sample
@@ -186,6 +190,17 @@ def _train(
         if scheduler is not None and batches is None:
             scheduler.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _watched(
+    loader: Iterable[Any], bar: str | None, epoch: int, epochs: int, batches: int | None
+) -> Iterable[Any]:
+    """The loader behind a bar that tells the time left of all epochs."""
+    done, total = (0, None) if batches is None else (epoch * batches, epochs * batches)
+    shown: Iterable[Any] = tqdm(
+        loader, desc=bar, initial=done, total=total, leave=False, disable=True if bar is None else None
+    )
+    return shown
 
 
 def _check_finite(lost: torch.Tensor, last: torch.Tensor, epoch: int, how: FineTune) -> None:

@@ -29,6 +29,7 @@ def learn(
     loss_fn: LossFunction | None,
     device: torch.device,
     seed: int,
+    progress: bool = False,
 ) -> Learnt:
     """One phase of training, in place; the model alone computes afterwards what was learnt.
 
@@ -38,6 +39,7 @@ def learn(
         units: the model's units; those that must stay are frozen.
         branches: residual branches that may go as a whole.
         seed: of the batches, and of what the criterion draws.
+        progress: show a bar when standard error is a terminal.
 
     Raises:
         ModelError: a layer can't be trained by this criterion, or nothing can be trained at all.
@@ -62,7 +64,17 @@ def learn(
     )
     phase = criterion.begin(Trainee(model, units, branches, samples))
     try:
-        fine_tune(model, loader, how, step=step, loss_fn=loss_fn, device=device, seed=seed, phase=phase)
+        fine_tune(
+            model,
+            loader,
+            how,
+            step=step,
+            loss_fn=loss_fn,
+            device=device,
+            seed=seed,
+            phase=phase,
+            bar=f"training by {criterion.name}" if progress else None,
+        )
         learnt = phase.finish()
     finally:
         phase.close()

@@ -5,7 +5,7 @@ The model runs on the image, and comes back bit-identical.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-_HEAT = "inferno"
+HEAT = "inferno"
 
 
 def attribution_map(
@@ -85,7 +85,7 @@ def attribution_map(
         size = maps.shape[1:]
         cam = grad_cam(maps.flatten(1)[None], grads.flatten(1)[None]).view(1, 1, *size)
         share = float(logits[0].detach().double().softmax(0)[chosen])
-    picture = _shown(image)
+    picture = shown_image(image)
     heat = functional.interpolate(cam.float().cpu(), picture.shape[:2], mode="bilinear")[0, 0]
     most = float(heat.max())
     heat = heat / most if most > 0 else heat
@@ -97,7 +97,7 @@ def attribution_map(
         _image(right, 0.25 + 0.75 * grey)
         # Where nothing speaks for the class, the image shows through.
         alpha = (0.7 * heat.sqrt()).numpy()
-        drawn = right.imshow(heat.numpy(), cmap=_HEAT, vmin=0, vmax=1, alpha=alpha)
+        drawn = right.imshow(heat.numpy(), cmap=HEAT, vmin=0, vmax=1, alpha=alpha)
         right.set_title(f"what speaks for class {chosen}")
         right.set_xlabel(
             f"{layer or 'last map'}, {size[0]} x {size[1]} positions; probability {share:.1%}"
@@ -105,6 +105,54 @@ def attribution_map(
             else "nothing in this layer speaks for it"
         )
         _bar(figure, right, drawn, "Grad-CAM, relative to its largest value")
+
+
+@dataclass(frozen=True)
+class ExtremeMaps:
+    """What a layer's highest and lowest scored filters make of one image.
+
+    Attributes:
+        layer: name of the convolution.
+        criterion: by which its filters were scored.
+        highest, lowest: indices of filters, the most extreme first.
+        scores: (filters,) of all its filters.
+        maps: filter -> (H, W) of its map as it is handed on, negative values as zero.
+    """
+
+    layer: str
+    criterion: str
+    highest: tuple[int, ...]
+    lowest: tuple[int, ...]
+    scores: torch.Tensor
+    maps: dict[int, torch.Tensor]
+
+
+def extreme_maps(
+    model: nn.Module, scores: Scores, layers: Sequence[str], image: torch.Tensor, *, count: int = 6
+) -> list[ExtremeMaps]:
+    """What the extreme filters of some layers make of an image, from one pass; see `filter_maps`."""
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"count must be a whole number of at least 1, got {count!r}")
+    with _seen(model, image) as seen:
+        return [_extremes(seen, scores, layer, count) for layer in layers]
+
+
+def _extremes(seen: _Seen, scores: Scores, layer: str, count: int) -> ExtremeMaps:
+    place = seen.place_of(layer)
+    units = seen.units.filters[layer]
+    if layer not in scores or len(scores[layer]) != len(units):
+        raise InputError(
+            f"the scores are not of this model: they have {_filters(scores, layer)} for {layer!r}, "
+            f"and the model has {len(units)}"
+        )
+    maps = seen.two_dimensional(seen.captured.maps[place].detach(), place).relu().float().cpu()
+    values = scores[layer]
+    channel = {int(unit): index for index, unit in reversed(list(enumerate(place.units)))}
+    order = [i for i in values.argsort(descending=True).tolist() if int(units[i]) in channel]
+    count = min(count, max(1, len(order) // 2))
+    highest, lowest = order[:count], order[::-1][:count]
+    chosen = {i: maps[channel[int(units[i])]] for i in (*highest, *lowest)}
+    return ExtremeMaps(layer, scores.criterion, tuple(highest), tuple(lowest), values, chosen)
 
 
 def filter_maps(
@@ -133,24 +181,16 @@ def filter_maps(
         InputError: the image, the layer or the count is not usable, or the scores are another model's.
         BackendError: matplotlib is not installed.
     """
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"count must be a whole number of at least 1, got {count!r}")
-    with _seen(model, image) as seen:
-        place = seen.place_of(layer)
-        units = seen.units.filters[layer]
-        if layer not in scores or len(scores[layer]) != len(units):
-            raise InputError(
-                f"the scores are not of this model: they have {_filters(scores, layer)} for {layer!r}, "
-                f"and the model has {len(units)}"
-            )
-        maps = seen.two_dimensional(seen.captured.maps[place].detach(), place).relu().float().cpu()
-    values = scores[layer]
-    channel = {int(unit): index for index, unit in reversed(list(enumerate(place.units)))}
-    order = [i for i in values.argsort(descending=True).tolist() if int(units[i]) in channel]
-    count = min(count, max(1, len(order) // 2))
-    rows = [("highest", order[:count]), ("lowest", order[::-1][:count])]
-    picture = _shown(image)
-    most = max(float(maps[channel[int(units[i])]].max()) for _, row in rows for i in row)
+    (seen,) = extreme_maps(model, scores, [layer], image, count=count)
+    draw_maps(seen, image, path)
+
+
+def draw_maps(seen: ExtremeMaps, image: torch.Tensor, path: Path) -> None:
+    """Draws what `extreme_maps` gave for a layer, beside the image (C, H, W)."""
+    rows = [("highest", seen.highest), ("lowest", seen.lowest)]
+    picture = shown_image(image)
+    most = max(float(seen_map.max()) for seen_map in seen.maps.values())
+    count = len(seen.highest)
     with figure_for(path, 3.6 + 1.35 * count, 3.9) as figure:
         grid = figure.add_gridspec(2, count + 1, width_ratios=[2.1] + [1.0] * count)
         axes = figure.add_subplot(grid[:, 0])
@@ -160,15 +200,13 @@ def filter_maps(
         for line, (name, row) in enumerate(rows):
             for column, index in enumerate(row, start=1):
                 axes = figure.add_subplot(grid[line, column])
-                drawn = axes.imshow(
-                    maps[channel[int(units[index])]].numpy(), cmap=_HEAT, vmin=0, vmax=most or 1.0
-                )
+                drawn = axes.imshow(seen.maps[index].numpy(), cmap=HEAT, vmin=0, vmax=most or 1.0)
                 _bare(axes)
-                axes.set_xlabel(f"{index}: {float(values[index]):.3g}", fontsize=8)
+                axes.set_xlabel(f"{index}: {float(seen.scores[index]):.3g}", fontsize=8)
                 if column == 1:
                     axes.set_title(" ")  # makes room; the text itself must not widen the column
                     heading = axes.annotate(
-                        f"{name} {scores.criterion}, {layer}",
+                        f"{name} {seen.criterion}, {seen.layer}",
                         (0, 1),
                         xycoords="axes fraction",
                         xytext=(0, 6),
@@ -249,7 +287,7 @@ def _seen(model: nn.Module, image: torch.Tensor) -> Iterator[_Seen]:
         yield _Seen(found.units, captured)
 
 
-def _shown(image: torch.Tensor) -> torch.Tensor:
+def shown_image(image: torch.Tensor) -> torch.Tensor:
     """(H, W, 3) from 0 to 1: colours, or grey where there are other than three channels."""
     values = image.detach().reshape(image.shape[-3:]).float().cpu()
     low, high = values.aminmax()

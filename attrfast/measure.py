@@ -158,7 +158,7 @@ def measure(
     return Measurement(
         rows=tuple(rows),
         weights=(_size(original), _size(pruned)),
-        device=_named(place),
+        device=named_device(place),
         threads=torch.get_num_threads(),
         torch=str(torch.__version__),
     )
@@ -238,7 +238,7 @@ def _size(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-def _named(device: torch.device) -> str:
+def named_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":

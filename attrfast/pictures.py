@@ -13,12 +13,19 @@ import torch
 from attrfast.canvas import BLANK, GONE, INK, KEPT, MUTED, Path, axes_for, figure_for
 from attrfast.errors import InputError
 from attrfast.map_pictures import attribution_map, filter_maps
-from attrfast.scores import Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["attribution_map", "filter_maps", "kept_filters", "score_distributions", "trade_off"]
+__all__ = [
+    "attribution_map",
+    "class_accuracy",
+    "filter_maps",
+    "kept_filters",
+    "score_distributions",
+    "time_and_memory",
+    "trade_off",
+]
 
 
 class Row(Protocol):
@@ -35,6 +42,43 @@ class Result(Protocol):
 
     @property
     def gates(self) -> Mapping[str, torch.Tensor]: ...
+
+
+class LayerScores(Protocol):
+    """What `score_distributions` reads of `Scores`; of its units the names and members of the layers."""
+
+    @property
+    def raw(self) -> torch.Tensor: ...
+    @property
+    def importance(self) -> torch.Tensor: ...
+    @property
+    def criterion(self) -> str: ...
+    @property
+    def normalize(self) -> str | None: ...
+    @property
+    def units(self) -> Any: ...
+
+
+class OfClass(Protocol):
+    """What `class_accuracy` reads of a class, in percent; `after` may be missing (None)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def before(self) -> float: ...
+    @property
+    def after(self) -> float | None: ...
+
+
+class Spent(Protocol):
+    """What `time_and_memory` reads of a part of a run: seconds and bytes."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def memory(self) -> int: ...
 
 
 def trade_off(history: Sequence[Row], path: Path) -> None:
@@ -113,17 +157,10 @@ def kept_filters(result: Result, path: Path) -> None:
         axes.grid(visible=False, axis="y")
         axes.set_title(f"Filters kept: {sum(kept):,} of {sum(total):,}", pad=26)
         axes.set_xlabel("filters")
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(-0.01, 1.0),
-            ncols=2,
-            frameon=False,
-            reverse=True,
-            handlelength=1.0,
-        )
+        _legend(axes, reverse=True)
 
 
-def score_distributions(scores: Scores, path: Path) -> None:
+def score_distributions(scores: LayerScores, path: Path) -> None:
     """Draws the scores of every layer before and after normalisation, one dot a unit.
 
     On the left as they were measured, on the right as filters of all layers are compared. A line marks each
@@ -159,6 +196,78 @@ def score_distributions(scores: Scores, path: Path) -> None:
             axes.tick_params(axis="y", length=0)
         before.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=8, color=INK)
         before.set_ylim(len(layers) - 0.4, -0.6)
+
+
+def class_accuracy(classes: Sequence[OfClass], path: Path) -> None:
+    """Draws top-1 of every class before and after pruning, one line a class.
+
+    Args:
+        classes: in the order of the labels.
+        path: file to write; its ending (.png, .svg, .pdf) gives the format.
+
+    Raises:
+        InputError: there is no class.
+        BackendError: matplotlib is not installed.
+    """
+    if not classes:
+        raise InputError("there is no class, so there is nothing to draw")
+    rows = range(len(classes))
+    before = [row.before for row in classes]
+    after = [row.before if row.after is None else row.after for row in classes]
+    with axes_for(path, 7.2, 1.5 + 0.26 * len(classes)) as axes:
+        axes.hlines(rows, before, after, color=GONE, linewidth=3)
+        axes.scatter(before, rows, color=MUTED, s=26, label="before", zorder=3)
+        if any(row.after is not None for row in classes):
+            axes.scatter(after, rows, color=KEPT, s=26, label="after", zorder=4)
+        axes.set_yticks(rows, [row.name for row in classes], fontsize=8, color=INK)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(classes) - 0.4, -0.6)
+        axes.set_title("Accuracy of every class", pad=26)
+        axes.set_xlabel("top-1 on test images (%)")
+        _legend(axes)
+
+
+def time_and_memory(parts: Sequence[Spent], path: Path) -> None:
+    """Draws the seconds of every part of a run, with the most memory that it held.
+
+    Args:
+        parts: in order.
+        path: file to write; its ending (.png, .svg, .pdf) gives the format.
+
+    Raises:
+        InputError: there is no part.
+        BackendError: matplotlib is not installed.
+    """
+    if not parts:
+        raise InputError("there is no part of the run, so there is nothing to draw")
+    rows = range(len(parts))
+    with axes_for(path, 7.2, 1.3 + 0.34 * len(parts)) as axes:
+        axes.barh(rows, [part.seconds for part in parts], color=KEPT, height=0.6)
+        for row, part in enumerate(parts):
+            axes.annotate(
+                f"{part.seconds:.1f} s, {part.memory / 1e6:,.0f} MB",
+                (part.seconds, row),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=MUTED,
+                bbox=BLANK,
+            )
+        axes.set_yticks(rows, [part.name for part in parts], color=INK)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(parts) - 0.4, -0.6)
+        axes.set_xlim(0, 1.3 * max(part.seconds for part in parts))
+        axes.grid(visible=False, axis="y")
+        axes.set_title("Time, and the most memory at once")
+        axes.set_xlabel("seconds")
+
+
+def _legend(axes: Axes, **style: Any) -> None:
+    """Between the title and the axes."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, handlelength=1.0, **style
+    )
 
 
 def _strip(axes: Axes, row: int, values: torch.Tensor) -> None:

@@ -268,7 +268,7 @@ class _Loop:
             desc="pruning",
             leave=False,
             disable=None if self.progress else True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]",
         )
         with bar:
             while not self._finished():
@@ -357,6 +357,7 @@ class _Loop:
             loss_fn=self.loss_fn,
             device=self.device,
             seed=seed,
+            progress=self.progress,
         )
         kind = self.scoring["normalize"] if rule.per_layer else None
         return normalized(learnt.importance, found.units, kind), learnt.idle
@@ -370,6 +371,7 @@ class _Loop:
             loss_fn=self.loss_fn,
             device=self.device,
             seed=self.seed + 2 * step + 1,
+            bar="fine-tuning" if self.progress else None,
         )
 
     def tune_again(self, how: Any) -> None:
@@ -382,7 +384,13 @@ class _Loop:
 
     def _measure(self) -> Evaluation:
         with seeded(self.seed, [self.validation], self.device):
-            return evaluate(self.now.model, self.validation, loss_fn=self.loss_fn, device=self.device)
+            return evaluate(
+                self.now.model,
+                self.validation,
+                loss_fn=self.loss_fn,
+                device=self.device,
+                progress=self.progress,
+            )
 
     def _row(self, step: int, removed: dict[str, int], seconds: tuple[float, float, float]) -> Step:
         seen, size, whole = self._measure(), self.now.size(), self.targets.whole

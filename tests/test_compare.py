@@ -22,13 +22,13 @@ import attrfast
 from attrfast import data
 from attrfast.compare import Comparison, Start, StartKey, tables
 from attrfast.compare.footing import Footing
-from attrfast.compare.names import limited
 from attrfast.compare.peers import prune_by_peer
 from attrfast.compare.records import Cell, CellKey, ClassCount, Measured
 from attrfast.compare.scratch import narrow
 from attrfast.criteria import L1, BNScale, Soft
 from attrfast.errors import InputError, ModelError, TargetError
 from attrfast.finetune import FineTune
+from attrfast.names import limited
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

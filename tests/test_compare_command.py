@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -16,8 +17,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from attrfast import cli, models
-from attrfast.compare import names, published, recipes, run
+from attrfast import cli, data, models, names
+from attrfast.compare import published, recipes, run
 from attrfast.errors import AttrfastError, InputError
 
 pytest.importorskip("sklearn")
@@ -136,8 +137,8 @@ def test_recipe_for_flowers_prints_the_published_figures_beside_ours(
 def test_recipe_for_cifar_has_the_published_classes_and_later_results(
     cifar_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opener = functools.partial(names.data.cifar10, val_size=20)
-    monkeypatch.setattr(names.data, "cifar10", opener)
+    opener = functools.partial(data.cifar10, val_size=20)
+    monkeypatch.setattr(data, "cifar10", opener)
     result = compare(
         tmp_path / "out", "vgg_small:0.1", "--recipe", "cifar10-vgg16", "--data",
         f"cifar10:{cifar_root}", "--methods", "l1", "--budgets", "0.6561", "--seeds", "0",
@@ -177,7 +178,9 @@ def test_recipe_has_the_network_whose_size_is_known(name: str, size: int, params
     pytest.importorskip("torchvision")
     recipe = recipes.recipe(name)
     classes = tuple(str(i) for i in range(102 if recipe.data == "flowers102" else 10))
-    splits = names.replace(names.NamedData("digits:8")(0), classes=classes, image_shape=(3, size, size))
+    splits = dataclasses.replace(
+        names.NamedData("digits:8")(0), classes=classes, image_shape=(3, size, size)
+    )
     with torch.device("meta"), FlopCounterMode(display=False) as counter:  # counts need no values
         model = names.network(recipe.network, splits)().eval()
         model(torch.empty(1, 3, size, size))
@@ -224,7 +227,7 @@ def test_networks_are_found_by_name() -> None:
 def test_torchvision_networks_get_the_right_head() -> None:
     pytest.importorskip("torchvision")
     splits = names.NamedData("digits:8")(0)
-    colour = names.replace(splits, image_shape=(3, 8, 8))
+    colour = dataclasses.replace(splits, image_shape=(3, 8, 8))
     model = names.network("torchvision:squeezenet1_1:pretrained", colour)()
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
     with pytest.raises(InputError, match="did you mean 'resnet18'"):

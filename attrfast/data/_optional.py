@@ -1,4 +1,4 @@
-"""Imports libraries that only the data helpers need."""
+"""Imports libraries that only some helpers need."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from types import ModuleType
 from attrfast.errors import BackendError
 
 
-def require(module: str, *, of: str) -> ModuleType:
+def require(module: str, *, of: str, what: str = "this data set", extra: str = "data") -> ModuleType:
     """Imports `module`, which belongs to the installable package `of`.
+
+    Args:
+        what: what needs it, in words.
+        extra: of attrfast, which brings it.
 
     Raises:
         BackendError: it is not installed; the message names the extra that brings it.
@@ -18,6 +22,5 @@ def require(module: str, *, of: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise BackendError(
-            f"this data set needs {of}, which could not be imported ({error}); "
-            f'pip install "attrfast[data]"'
+            f'{what} needs {of}, which could not be imported ({error}); pip install "attrfast[{extra}]"'
         ) from error

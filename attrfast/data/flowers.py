@@ -9,12 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from attrfast.data._optional import require
+from attrfast.data._photographs import MEAN, STD, check_sizes, transforms
 from attrfast.data._torchvision import opened
-from attrfast.data.loaders import Splits, check_batch_size
-from attrfast.errors import InputError
-
-# ImageNet's, because networks for these photographs start from weights learned there.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from attrfast.data.loaders import Splits
 
 
 def flowers102(
@@ -44,15 +41,10 @@ def flowers102(
         BackendError: torchvision is not installed.
         InputError: the set is not there or damaged, or a size is unusable.
     """
-    for size in (batch_size, eval_batch_size):
-        check_batch_size(size)
-    if image_size < 1 or workers < 0:
-        raise InputError(
-            f"image_size is {image_size} and workers {workers}; use at least 1 and at least 0"
-        )
+    check_sizes(image_size, batch_size, eval_batch_size, workers)
     require("scipy.io", of="scipy")  # torchvision reads the labels with it
     dataset = require("torchvision.datasets", of="torchvision").Flowers102
-    plain, varied = _transforms(image_size)
+    plain, varied = transforms(image_size)
 
     def loader(split: str, transform: Any, size: int, fetch: bool) -> DataLoader[Any]:
         data = opened(dataset, root, download=fetch, split=split, transform=transform)
@@ -74,12 +66,3 @@ def flowers102(
         mean=MEAN,
         std=STD,
     )
-
-
-def _transforms(size: int) -> tuple[Any, Any]:
-    """The middle of the photograph, and a random cut; both normalised, (3, size, size)."""
-    t = require("torchvision.transforms", of="torchvision")
-    tail = [t.ToTensor(), t.Normalize(MEAN, STD)]
-    plain = t.Compose([t.Resize(round(size * 256 / 224)), t.CenterCrop(size), *tail])
-    varied = t.Compose([t.RandomResizedCrop(size), t.RandomHorizontalFlip(), *tail])
-    return plain, varied

@@ -7,38 +7,30 @@ not; 3, some cells failed (the tables show the rest, and the failures by name); 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
-FAILED, INTERRUPTED = 3, 130
-_Item = TypeVar("_Item")
-
-
-def _list(text: str, kind: Callable[[str], _Item], option: str, wants: str) -> list[_Item]:
-    try:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}: {wants}", param_hint=option) from None
+from attrfast.commands import options
+from attrfast.commands.status import PARTLY, interruptible
 
 
 def compare(
     networks: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Networks of attrfast.models (`vgg_small`, `resnet20:0.5` at half its width) or "
-            "`torchvision:resnet18`, `torchvision:resnet18:pretrained`.",
+            help=options.MODEL_HELP,
+            autocompletion=options.complete_model,
             show_default="vgg_small",
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="`digits[:PIXELS]`, `fashion-mnist[:DIR]`, `cifar10:DIR` or `flowers102:DIR`.",
+            help=options.DATA_HELP,
+            autocompletion=options.complete_data,
             show_default="digits",
         ),
     ] = None,
@@ -92,7 +84,9 @@ def compare(
     list_recipes: Annotated[
         bool, typer.Option("--list-recipes", help="Print the recipes and what they cost.")
     ] = False,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
+    config: options.Config = None,
+    as_json: options.Json = False,
+    progress: options.Progress = True,
 ) -> None:
     """Compare methods: networks x methods x budgets x seeds on one data set, on the same footing.
 
@@ -104,10 +98,12 @@ def compare(
         for known in RECIPES.values():
             typer.echo(f"{known.name}: {known.about}\n    --data {known.data}:DIR\n    {known.cost()}")
         return
-    chosen_budgets = _list(budgets, float, "--budgets", "numbers with commas") if budgets else None
-    chosen_seeds = _list(seeds, int, "--seeds", "whole numbers with commas")
-    chosen_methods = _list(methods, str, "--methods", "names with commas") if methods else None
-    try:
+    chosen_budgets = (
+        options.parts(budgets, float, "--budgets", "numbers with commas") if budgets else None
+    )
+    chosen_seeds = options.parts(seeds, int, "--seeds", "whole numbers with commas")
+    chosen_methods = options.parts(methods, str, "--methods", "names with commas") if methods else None
+    with interruptible("the same command goes on with what is left"):
         failures = _run(
             networks,
             data=data,
@@ -127,14 +123,12 @@ def compare(
             out=out,
             resume=resume,
             recipe=recipe,
+            as_json=as_json,
             progress=progress,
         )
-    except KeyboardInterrupt:
-        typer.echo("attrfast: stopped; the same command goes on with what is left", err=True)
-        sys.exit(INTERRUPTED)
     if failures:
         typer.echo(f"attrfast: {failures} cells or starts failed; see Failed above", err=True)
-        sys.exit(FAILED)
+        raise typer.Exit(PARTLY)
 
 
 def _run(
@@ -157,12 +151,14 @@ def _run(
     out: Path,
     resume: bool,
     recipe: str | None,
+    as_json: bool,
     progress: bool,
 ) -> int:
     """Compares and prints; returns how much failed."""
     import torch
 
-    from attrfast.compare import names, recipes, run
+    from attrfast import names
+    from attrfast.compare import recipes, run
     from attrfast.compare.published import published
     from attrfast.errors import InputError
     from attrfast.finetune import FineTune
@@ -206,6 +202,9 @@ def _run(
         notes=notes,
     )
     files = comparison.save()
-    typer.echo(comparison.summary())
-    typer.echo("\n".join(str(path) for path in files))
+    if as_json:
+        typer.echo((out / "comparison.json").read_text().rstrip())
+    else:
+        typer.echo(comparison.summary())
+        typer.echo("\n".join(str(path) for path in files))
     return len(comparison.failures)
