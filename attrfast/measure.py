@@ -158,7 +158,7 @@ def measure(
     return Measurement(
         rows=tuple(rows),
         weights=(_size(original), _size(pruned)),
-        device=_named(place),
+        device=device_name(place),
         threads=torch.get_num_threads(),
         torch=str(torch.__version__),
     )
@@ -238,7 +238,8 @@ def _size(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-def _named(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
