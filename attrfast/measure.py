@@ -247,11 +247,19 @@ def device_name(device: torch.device) -> str:
     return str(device)
 
 
+def _unit(seconds: float) -> tuple[float, str]:
+    units = ((unit, name) for unit, name in ((1.0, "s"), (1e-3, "ms")) if seconds >= unit)
+    return next(units, (1e-6, "µs"))
+
+
+def in_words(seconds: float) -> str:
+    """A time with its unit."""
+    unit, name = _unit(seconds)
+    return f"{seconds / unit:.3g} {name}"
+
+
 def _time(latency: Latency) -> str:
-    unit, name = next(
-        ((unit, name) for unit, name in ((1.0, "s"), (1e-3, "ms")) if latency.median >= unit),
-        (1e-6, "µs"),
-    )
+    unit, name = _unit(latency.median)
     low, high = latency.quartiles
     return f"{latency.median / unit:.3g} {name} ({low / unit:.3g}–{high / unit:.3g})"
 

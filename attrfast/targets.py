@@ -157,8 +157,10 @@ class Targets:
 
     def missed(self, now: Size) -> str:
         """How far a size is from the limits that it does not keep, in words."""
+        verbs = {"latency": "is"}
         return " and ".join(
-            f"{count / whole:.1%} of the {what} {'is' if what == 'latency' else 'are'} left where {argument} asks for {limit / whole:.1%}"
+            f"{count / whole:.1%} of the {what} {verbs.get(what, 'are')} left where {argument} asks for "
+            f"{limit / whole:.1%}"
             for argument, what, limit, count, whole in self._limits(now)
             if count > limit
         )

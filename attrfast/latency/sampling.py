@@ -66,26 +66,28 @@ def sample(
     random.Random(0).shuffle(ways)  # a slow minute of the machine spoils no one width
     for removed in tqdm(ways, desc="timing layers", leave=False, disable=None if progress else True):
         narrow = _narrowed(model, found.units, removed)
-        seconds = _watched(narrow, inputs, device, passes)
-        if seconds.shape[1] != len(calls):
-            raise ModelError(
-                f"the model made {seconds.shape[1]} calls in a pass and {len(calls)} in another; a latency "
-                f"can only be predicted for one that makes the same calls in every pass"
-            )
+        seconds = _watched(narrow, inputs, device, passes, len(calls))
         for call, took in zip(calls, seconds.T.tolist(), strict=True):
             times[call.key].setdefault(call.widths(removed), []).extend(took)
     return {key: [_summed_up(*at, took) for at, took in rows.items()] for key, rows in times.items()}
 
 
-def _watched(model: nn.Module, inputs: Inputs, device: torch.device, passes: int) -> torch.Tensor:
+def _watched(
+    model: nn.Module, inputs: Inputs, device: torch.device, passes: int, calls: int
+) -> torch.Tensor:
     """(passes, calls) seconds, without what watching costs: they add up to passes that nobody watches."""
     seconds, alone = [], []
     for _ in range(passes + 1):
         alone.append(whole_pass_seconds(model, *inputs, device))
         seconds.append(pass_seconds(model, *inputs, device))
+        if len(seconds[-1]) != calls:
+            raise ModelError(
+                f"the model made {len(seconds[-1])} calls in a pass and {calls} in another; a latency can "
+                f"only be predicted for one that makes the same calls in every pass"
+            )
     found = torch.tensor(seconds[1:], dtype=torch.float64)  # libraries choose their kernels in the first
     excess = float(found.sum(1).median()) - statistics.median(alone[1:])
-    return torch.maximum(found - excess / found.shape[1], found / 4)
+    return torch.maximum(found - excess / calls, found / 4)
 
 
 def _summed_up(inputs: int, outputs: int, took: list[float]) -> Sample:
