@@ -91,7 +91,13 @@ def reached(case: str) -> dict[str, Any]:
     torch.set_num_threads(machine.THREADS)
     model, batches = networks.load(name, "contiguous", 2, samples=min(samples, 8))
     images = networks.load(name, "contiguous", 1, samples=samples)[1][0][0]
-    options: dict[str, Any] = {"criterion": "l1", "finetune": 0, "progress": False}
+    count = discover(model, (images[:1],)).units.total_filters // 8
+    options: dict[str, Any] = {
+        "criterion": "l1",
+        "filters_per_step": count,
+        "finetune": 0,
+        "progress": False,
+    }
     with first_in_line(), tempfile.TemporaryDirectory() as fresh:
         timed = attrfast.prune(
             model, batches, max_latency=TARGET, latency_input=images, latency_cache=fresh, **options
@@ -111,7 +117,7 @@ def _faster(model: nn.Module, pruned: nn.Module, images: torch.Tensor) -> dict[s
     return {"before": row.original.median, "after": row.pruned.median, "faster": row.speedup}
 
 
-def accuracy(name: str, seed: int, *, images: int = 3000, epochs: int = 4) -> dict[str, Any]:
+def accuracy(name: str, seed: int, *, images: int = 1000, epochs: int = 6) -> dict[str, Any]:
     """A small network, trained on a part of Fashion-MNIST and pruned in both ways. One thread."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -119,12 +125,12 @@ def accuracy(name: str, seed: int, *, images: int = 3000, epochs: int = 4) -> di
     model = getattr(models, name)(num_classes=10, in_channels=1)
     _train(model, splits.train, epochs)
     example = next(iter(splits.test))[0][:32]
-    few = [batch for _, batch in zip(range(2), splits.test, strict=False)]
+    tested = [batch for _, batch in zip(range(4), splits.test, strict=False)]  # 2,000 images
     options: dict[str, Any] = {
         "criterion": "attribution",
         "max_batches": 10,
-        "val_loader": few,
-        "filters_per_step": discover(model, (example,)).units.total_filters // 8,
+        "val_loader": tested[:1],
+        "filters_per_step": discover(model, (example,)).units.total_filters // 5,
         "finetune": attrfast.FineTune(epochs=1, lr=0.02),
         "progress": False,
         "seed": seed,
@@ -144,7 +150,7 @@ def accuracy(name: str, seed: int, *, images: int = 3000, epochs: int = 4) -> di
     counted = attrfast.prune(model, splits.train, max_macs=share, **options)
     with first_in_line():
         speeds = [_faster(model, result.model, example) for result in (timed, counted)]
-    tops = [evaluate(m, splits.test, device=_CPU).top1 for m in (model, timed.model, counted.model)]
+    tops = [evaluate(m, tested, device=_CPU).top1 for m in (model, timed.model, counted.model)]
     return {
         "macs": share,
         "top1": dict(zip(("before", "max_latency", "max_macs"), tops, strict=True)),

@@ -90,7 +90,7 @@ def _accuracy(found: dict[str, Any]) -> Sheet:
         f"Accuracy: pruned to {TARGET}, and to the same multiply-adds without a latency",
         ["", "multiply-adds", "top-1 before", "`max_latency`", "faster", "`max_macs`", "faster"],
         [
-            "Fashion-MNIST, 3,000 training images, 10,000 test images; an epoch of fine-tuning after every "
+            "Fashion-MNIST, 1,000 training images, 2,000 test images; an epoch of fine-tuning after every "
             "step. 32 images a pass, one thread.",
             _about(found),
         ],

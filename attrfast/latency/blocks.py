@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
-from attrfast.latency.law import Sample, Surface
+from attrfast.latency.law import Law, Sample, alignment
 
 _BLOCKS = (1, 2, 4, 8, 16, 32)
 _FEW = 4  # samples, from which no law can be told
@@ -27,11 +26,11 @@ def liked_block(samples: Mapping[str, Sequence[Sample]], counts: Mapping[str, in
     """
     took, expected = (dict.fromkeys(_BLOCKS, 0.0) for _ in range(2))
     for key, rows in samples.items():
-        aligned = [(s, _alignment(s)) for s in rows]
+        aligned = [(s, alignment(s.inputs, s.outputs)) for s in rows]
         good = [s for s, block in aligned if block >= 16]
         if len(good) < _FEW:
             continue
-        smooth = Surface(good, 1, product=True)
+        smooth = Law(good, 1, product=True)
         for s, block in aligned:
             if s.outputs >= 16 and (
                 s.inputs == 1 or s.inputs >= 16
@@ -47,9 +46,3 @@ def liked_block(samples: Mapping[str, Sequence[Sample]], counts: Mapping[str, in
                 break
             liked = block
     return liked
-
-
-def _alignment(sample: Sample) -> int:
-    """The largest power of two, up to 32, in both widths (an input of one is a number that stays)."""
-    inputs = () if sample.inputs == 1 else (sample.inputs,)
-    return math.gcd(*inputs, sample.outputs, _BLOCKS[-1])

@@ -162,7 +162,7 @@ class Gauge:
         """Seconds of the original and of the model, and the share."""
         each = getattr(self, "original", None)
         least, most = _ROUNDS
-        rounds = least if each is None else max(least, min(most, int(_SECONDS / (2 * each))))
+        rounds = least if each is None else max(least, min(most, int(_SECONDS / (4 * each))))
         batch = self._batch
         example = batch.kwargs or batch.args
         found = measure(

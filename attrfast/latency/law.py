@@ -1,20 +1,22 @@
 """How a layer's time follows its widths: a law fitted to what was measured, corrected by it.
 
 A convolution of I inputs and O outputs takes about a + b·I + c·O + d·I·O: a for the call, b and c for
-reading and writing maps, d for the products. Kernels work on blocks of channels; widths that are no
-multiple fill up the last block, and cost more than that besides. So they have a law of their own, in which I
-and O are first rounded up to whole blocks.
+reading and writing maps, d for the products. Kernels work on blocks of channels and fill up the last one, so
+that I and O are first rounded up to whole blocks.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 _NEAR = 1e-3  # squared distance, as a share of the widths, within which samples are the same
+_EVEN = 0.3  # distance between odd widths and multiples of 32
+_POWERS = 5  # of two, in 32
 
 
 @dataclass(frozen=True)
@@ -28,48 +30,69 @@ class Sample:
     high: float
 
 
-class Surface:
-    """Seconds over both widths, by samples of one sort.
+class Law:
+    """Seconds of a layer over both widths.
 
-    No coefficient of the law is negative, so that no filter less makes it slower. The prediction is the law
-    times what the samples around, weighted by distance, took more than the law says.
+    No coefficient is negative, so that no filter less makes the law slower. The prediction is the law times
+    what the samples around, weighted by distance, took more than it says. Widths that are divisible by the
+    same powers of two are nearer to each other: odd ones cost more than the blocks that they fill up.
 
     Args:
         samples: at least one.
-        block: widths are rounded up to multiples of it.
+        block: of channels; 1 where the layer works on each alone.
         product: whether there is anything to I·O; other layers' time goes by what they make.
     """
 
     def __init__(self, samples: Sequence[Sample], block: int, *, product: bool) -> None:
-        self._block = block
+        self._block, self._even = block, _EVEN if product else 0.0
         inputs, outputs, seconds = (
             np.array([getattr(s, name) for s in samples], dtype=np.float64)
             for name in ("inputs", "outputs", "median")
         )
-        self._most = inputs.max(), outputs.max()
         features = self._features(inputs, outputs)
         self._coefficients = _not_negative(features / seconds[:, None], range(4) if product else (0, 2))
-        law = features @ self._coefficients
-        self._places = inputs, outputs
-        self._excess = np.log(seconds / np.maximum(law, 1e-12))
+        self._most = np.array([inputs.max(), outputs.max()])
+        self._places = np.stack([self._place(s.inputs, s.outputs) for s in samples])
+        self._excess = np.log(seconds / np.maximum(features @ self._coefficients, 1e-12))
 
     def _features(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         i, o = (np.ceil(width / self._block) * self._block for width in (inputs, outputs))
         return np.stack([np.ones_like(i), i, o, i * o], -1)
+
+    def _place(self, inputs: int, outputs: int) -> np.ndarray:
+        even = self._even * math.log2(alignment(inputs, outputs)) / _POWERS
+        return np.array([*(np.array([inputs, outputs]) / self._most), even])
 
     def law(self, inputs: int, outputs: int) -> float:
         """Seconds by the law alone."""
         return float(self._features(np.array(inputs), np.array(outputs)) @ self._coefficients)
 
     def seconds(self, inputs: int, outputs: int) -> float:
-        """The prediction."""
-        distance = sum(
-            ((place - width) / most) ** 2
-            for place, width, most in zip(self._places, (inputs, outputs), self._most, strict=True)
-        )
+        """The prediction; none where nothing comes out."""
+        if inputs <= 0 or outputs <= 0:
+            return 0.0
+        distance = ((self._places - self._place(inputs, outputs)) ** 2).sum(1)
         weight = 1 / (distance + _NEAR) ** 2
         excess = float((weight * self._excess).sum() / weight.sum())
-        return self.law(inputs, outputs) * float(np.exp(excess))
+        return self.law(inputs, outputs) * math.exp(excess)
+
+    def slopes(self, inputs: int, outputs: int) -> tuple[float, float]:
+        """Seconds that an input and an output are worth, over the next whole block of them.
+
+        One channel less saves nothing as long as the last block has to be filled up, so this is what a block
+        saves, shared among its channels. The last block of all saves nothing: it stays.
+        """
+        law, block = self.law, self._block
+        now = law(inputs, outputs)
+        return (
+            (now - law(inputs - block, outputs)) / block if inputs > block else 0.0,
+            (now - law(inputs, outputs - block)) / block if outputs > block else 0.0,
+        )
+
+
+def alignment(inputs: int, outputs: int) -> int:
+    """The largest power of two, up to 32, in both widths (an input of one is a number that stays)."""
+    return math.gcd(*(() if inputs == 1 else (inputs,)), outputs, 2**_POWERS)
 
 
 def _not_negative(features: np.ndarray, columns: Sequence[int]) -> np.ndarray:
@@ -85,44 +108,3 @@ def _not_negative(features: np.ndarray, columns: Sequence[int]) -> np.ndarray:
                 best, least = np.zeros(4), error
                 best[chosen] = values
     return best
-
-
-class Law:
-    """Seconds of a layer, for widths that are whole blocks and for those that are not.
-
-    Args:
-        samples: at least one.
-        block: of channels; 1 where the layer works on each alone.
-        product: see `Surface`.
-    """
-
-    def __init__(self, samples: Sequence[Sample], block: int, *, product: bool) -> None:
-        self._block = block
-        whole = [s for s in samples if self._is_whole(s.inputs, s.outputs)]
-        ragged = [s for s in samples if not self._is_whole(s.inputs, s.outputs)]
-        both = [Surface(some, block, product=product) for some in (whole, ragged) if some]
-        self._whole, self._ragged = both[0], both[-1]
-
-    def _is_whole(self, inputs: int, outputs: int) -> bool:
-        # One input or output stands for a number that no removal changes.
-        return all(width == 1 or width % self._block == 0 for width in (inputs, outputs))
-
-    def seconds(self, inputs: int, outputs: int) -> float:
-        """Of the layer with these widths; none where nothing comes out."""
-        if inputs <= 0 or outputs <= 0:
-            return 0.0
-        surface = self._whole if self._is_whole(inputs, outputs) else self._ragged
-        return surface.seconds(inputs, outputs)
-
-    def slopes(self, inputs: int, outputs: int) -> tuple[float, float]:
-        """Seconds that an input and an output are worth, over the next whole block of them.
-
-        One channel less saves nothing as long as the last block has to be filled up, so this is what a block
-        saves, shared among its channels. The last block of all saves nothing: it stays.
-        """
-        law, block = self._whole.law, self._block
-        now = law(inputs, outputs)
-        return (
-            (now - law(inputs - block, outputs)) / block if inputs > block else 0.0,
-            (now - law(inputs, outputs - block)) / block if outputs > block else 0.0,
-        )
