@@ -60,7 +60,7 @@ def test_the_latency_is_reached_and_hardly_overshot(target: Any, fake: FakeTime,
     assert (first.latency, first.latency_share) == (pytest.approx(whole), 1.0)
     assert last.latency_share == pytest.approx(left)
     assert last.latency == pytest.approx(left * whole)
-    assert last.latency_predicted == pytest.approx(last.latency, rel=0.05)
+    assert last.latency_predicted == pytest.approx(last.latency, rel=0.1)
 
 
 def test_widths_are_what_the_device_likes_unless_others_are_asked_for(
@@ -84,7 +84,7 @@ def test_a_model_that_is_not_what_was_predicted_is_measured(
     left = surprise * seconds(fake, result.model) / seconds(fake, model)
     assert 0.4 < left <= 0.5
     last = result.history[-1]
-    assert last.latency == pytest.approx(surprise * last.latency_predicted, rel=0.05)
+    assert last.latency == pytest.approx(surprise * last.latency_predicted, rel=0.1)
 
 
 class OneSlowLayer(nn.Module):

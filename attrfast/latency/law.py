@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _NEAR = 1e-3  # squared distance, as a share of the widths, within which samples are the same
-_EVEN = 0.3  # distance between odd widths and multiples of 32
+_EVEN = 0.6  # distance between odd widths and multiples of 32
 _POWERS = 5  # of two, in 32
 
 

@@ -31,7 +31,7 @@ from attrfast.units import Units
 _LEVELS = (1.0, 0.75, 0.5, 0.25, 0.125)
 _WAYS = len(_LEVELS) ** 2
 _SHARE = 0.45  # of the whole model's time, that a narrowed one takes on average
-_SECONDS = 30.0  # to spend on passes, about
+_SECONDS = 20.0  # to spend on passes, about
 _PASSES = 5  # of one narrowed copy, at most
 
 Inputs = tuple[Sequence[Any], dict[str, Any]]
