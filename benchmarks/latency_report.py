@@ -62,8 +62,8 @@ def _reached(found: dict[str, Any]) -> Sheet:
         f"Pruned to {TARGET}, and to the same multiply-adds without a latency",
         ["", "multiply-adds", "original", "`max_latency`", "faster", "`max_macs`", "faster", "asked"],
         [
-            "Random weights, ranked by `l1`; medians, original and pruned in turns. The latency of the "
-            "last run of all is measured again after pruning.",
+            "Random weights, ranked by `l1`; medians, original and pruned in turns, measured once more "
+            "after pruning.",
             _about(found),
         ],
     )
