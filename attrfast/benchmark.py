@@ -29,7 +29,7 @@ from attrfast.batches import main_output
 from attrfast.data import Splits
 from attrfast.engine import attribute
 from attrfast.errors import BackendError
-from attrfast.measure import named_device
+from attrfast.measure import device_name
 from attrfast.memory import peak
 from attrfast.names import network
 
@@ -142,7 +142,7 @@ def benchmark(
         timed_passes = _timed(passes, rounds, device, bar)
         timed_kernels = _timed(kernels, rounds, device, bar)
     return Benchmark(
-        device=named_device(device),
+        device=device_name(device),
         threads=torch.get_num_threads(),
         torch=str(torch.__version__),
         passes_title=f"{model}, 2 batches of {batch_size} x {' x '.join(map(str, shape))}",

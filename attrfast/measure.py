@@ -158,7 +158,7 @@ def measure(
     return Measurement(
         rows=tuple(rows),
         weights=(_size(original), _size(pruned)),
-        device=named_device(place),
+        device=device_name(place),
         threads=torch.get_num_threads(),
         torch=str(torch.__version__),
     )
@@ -193,7 +193,8 @@ class _Run:
             took = self.seconds()
 
     def seconds(self) -> float:
-        """Of one pass."""
+        """Of one pass, after another of the same model: the other's weights are out of the caches."""
+        self._forward()
         self._wait()
         start = time.perf_counter()
         for _ in range(self._times):
@@ -238,7 +239,8 @@ def _size(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-def named_device(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -246,11 +248,19 @@ def named_device(device: torch.device) -> str:
     return str(device)
 
 
+def _unit(seconds: float) -> tuple[float, str]:
+    units = ((unit, name) for unit, name in ((1.0, "s"), (1e-3, "ms")) if seconds >= unit)
+    return next(units, (1e-6, "µs"))
+
+
+def in_words(seconds: float) -> str:
+    """A time with its unit."""
+    unit, name = _unit(seconds)
+    return f"{seconds / unit:.3g} {name}"
+
+
 def _time(latency: Latency) -> str:
-    unit, name = next(
-        ((unit, name) for unit, name in ((1.0, "s"), (1e-3, "ms")) if latency.median >= unit),
-        (1e-6, "µs"),
-    )
+    unit, name = _unit(latency.median)
     low, high = latency.quartiles
     return f"{latency.median / unit:.3g} {name} ({low / unit:.3g}–{high / unit:.3g})"
 

@@ -28,6 +28,7 @@ from attrfast.engine import attribute, check_options
 from attrfast.errors import AttrfastError, InputError
 from attrfast.evaluate import Evaluation, evaluate
 from attrfast.finetune import FineTuneLike, as_finetune, fine_tune
+from attrfast.latency import Gauge, Reading, inputs_of_a_pass
 from attrfast.learning import learn
 from attrfast.objective import LossFunction
 from attrfast.residual import ResidualBranch
@@ -49,6 +50,7 @@ def prune(
     keep_ratio: float | None = None,
     max_macs: float | None = None,
     max_params: float | None = None,
+    max_latency: str | float | None = None,
     max_accuracy_drop: float | None = None,
     filters_per_step: int | None = None,
     val_loader: Iterable[Any] | None = None,
@@ -66,6 +68,9 @@ def prune(
     round_to: int = 1,
     min_filters: int = 1,
     ignore: Iterable[str | nn.Module] = (),
+    latency_input: Any = None,
+    latency_device: str | torch.device | None = None,
+    latency_cache: str | Path | None = None,
     inplace: bool = False,
     seed: int = 0,
     output_dir: str | Path | None = None,
@@ -87,6 +92,10 @@ def prune(
         keep_ratio: stop when at most this share of the filters is left, in (0, 1].
         max_macs, max_params: stop at this share of the original's multiply-adds or parameters, in
             (0, 1], or at this count (a whole number above 1).
+        max_latency: stop when a pass of the real model takes at most this share of the original's time
+            (`"0.5x"` or 0.5) or this time (`"12ms"`), measured. Filters that cost more time then go before
+            others of the same importance, and widths are kept to those that the device likes. See
+            docs/latency.md.
         max_accuracy_drop: stop before top-1 has fallen by more than this share (0.01 is one point); the
             last model within it is the result.
         filters_per_step: τ, how many filters go in a step at least; None: a sixteenth of all. The last
@@ -104,9 +113,14 @@ def prune(
         balance: None ranks filters by their importance over all samples; `"worst_class"` by that for the
             class which needs them most, so that no class pays for the others (and no class counts for
             less because it is rare). See `attrfast.selection.for_the_worst_class`.
-        round_to: widths of pruned layers are multiples of this.
+        round_to: widths of pruned layers are multiples of this (with `max_latency` and 1, of what the
+            device likes).
         min_filters: how many filters every convolution keeps at least.
         ignore: modules, or names or patterns of modules, that are left whole.
+        latency_input: what `max_latency` is about: an input as a batch of the loader has it, or how many
+            samples of the loader's first; None: one.
+        latency_device: time there; None: where pruning runs.
+        latency_cache: folder with the tables of what layers take; None: the user's folder for caches.
         inplace: put the result into `model` itself, at the very end.
         seed: of fine-tuning and of the criterion `random`.
         output_dir: where every step is saved.
@@ -135,9 +149,18 @@ def prune(
         by_class=balance is not None,
         classes=classes,
     )
+    for name, value in (
+        ("latency_input", latency_input),
+        ("latency_device", latency_device),
+        ("latency_cache", latency_cache),
+    ):
+        if max_latency is None and value is not None:
+            raise InputError(f"{name} says what max_latency is about, and there is no max_latency")
     tuning = as_finetune(finetune)
     final = None if final_finetune is None else as_finetune(final_finetune)
-    asked = Asked(keep_ratio, max_macs, max_params, max_accuracy_drop, needed=not rule.trains)
+    asked = Asked(
+        keep_ratio, max_macs, max_params, max_latency, max_accuracy_drop, needed=not rule.trains
+    )
     if filters_per_step is not None and (not isinstance(filters_per_step, int) or filters_per_step < 1):
         raise InputError(
             f"filters_per_step must be a whole number of at least 1, got {filters_per_step!r}"
@@ -159,6 +182,12 @@ def prune(
         )
         if isinstance(rule, TrainedCriterion):
             now.spare(rule.unscorable(now.model, now.found.units))
+        gauge = None
+        if max_latency is not None:
+            timed_on = place if latency_device is None else resolve_device(model, latency_device)
+            a_pass = inputs_of_a_pass(latency_input, now.example, timed_on)
+            gauge = Gauge(model, a_pass, timed_on, folder=latency_cache, progress=progress)
+            now.follow(gauge)
     targets = asked.of(now.size())
     now.check_reachable(targets)
     count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
@@ -176,12 +205,13 @@ def prune(
     saver = None
     if output_dir is not None:
         limits = [count, round_to, min_filters, sorted(now.whole), seed]
-        mark = fingerprint(
-            model, {"scoring": scoring, "targets": asked, "finetune": tuning, "limits": limits}
-        )
+        timed = None if gauge is None else gauge.setting
+        settings = {"scoring": scoring, "targets": asked, "finetune": tuning, "limits": limits}
+        mark = fingerprint(model, {**settings, "latency": timed})
         saver = _Saver(Path(output_dir), mark)
     loop = _Loop(
         now=now,
+        gauge=gauge,
         loader=loader,
         validation=validation,
         targets=targets,
@@ -231,6 +261,7 @@ class _Loop:
     """The steps of one run, and the best model so far: the last within `targets`' accuracy drop."""
 
     now: Shrinking
+    gauge: Gauge | None
     loader: Iterable[Any]
     validation: Iterable[Any]
     targets: Targets
@@ -250,6 +281,9 @@ class _Loop:
         else:
             self.now.restore(saved.gates, saved.weights, saved.taken)
             self.history = saved.history
+            share = self.history[-1].latency_share
+            if self.gauge is not None and share is not None:
+                self.gauge.start_from(share, self.now.gates)
         if self.targets.drop is not None and math.isnan(self.history[0].top1):
             raise InputError(
                 f"max_accuracy_drop={self.targets.drop:g} needs a top-1, and the model's output is no "
@@ -393,7 +427,8 @@ class _Loop:
             )
 
     def _row(self, step: int, removed: dict[str, int], seconds: tuple[float, float, float]) -> Step:
-        seen, size, whole = self._measure(), self.now.size(), self.targets.whole
+        seen, read, whole = self._measure(), self._read(step), self.targets.whole
+        size = self.now.size()
         return Step(
             step=step,
             phi=size.filters / whole.filters,
@@ -408,7 +443,17 @@ class _Loop:
             seconds_scoring=seconds[0],
             seconds_cutting=seconds[1],
             seconds_tuning=seconds[2],
+            latency=None if read is None else read.seconds,
+            latency_predicted=None if read is None else read.predicted,
+            latency_share=None if read is None else read.share,
         )
+
+    def _read(self, step: int) -> Reading | None:
+        """The latency as it is, where one was asked for."""
+        if self.gauge is None:
+            return None
+        whole = self.gauge.original
+        return self.gauge.read(self.now.model, self.now.gates) if step else Reading(whole, whole, 1.0)
 
 
 def _examples(loader: Iterable[Any], device: torch.device) -> Iterator[Batch]:

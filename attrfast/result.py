@@ -17,7 +17,7 @@ from torch import nn
 
 from attrfast import saving
 from attrfast.errors import InputError
-from attrfast.measure import Measurement, measure
+from attrfast.measure import Measurement, in_words, measure
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Step:
         macs_pruned_percent, params_pruned_percent: of the original's, in percent.
         removed: filters removed in this step, by layer (the name of its first convolution).
         seconds_scoring, seconds_cutting, seconds_tuning: wall time.
+        latency, latency_predicted: seconds of a pass, measured and by the table; None where none was asked.
+        latency_share: of the original's, measured in turns with it.
     """
 
     step: int
@@ -49,6 +51,9 @@ class Step:
     seconds_scoring: float = 0.0
     seconds_cutting: float = 0.0
     seconds_tuning: float = 0.0
+    latency: float | None = None
+    latency_predicted: float | None = None
+    latency_share: float | None = None
 
 
 @dataclass
@@ -78,6 +83,9 @@ class PruneResult:
         table = Table(title=f"{self.criterion}: {self.stopped}", title_justify="left")
         for name in ("step", "filters", "φ", "top-1", "loss", "MACs", "pruned", "params", "pruned"):
             table.add_column(name, justify="right")
+        timed = self.history[0].latency is not None
+        for name in ("latency", "predicted", "of it") if timed else ():
+            table.add_column(name, justify="right")
         table.add_column("score/cut/tune", justify="right")
         for row in self.history:
             table.add_row(
@@ -90,10 +98,11 @@ class PruneResult:
                 f"{row.macs_pruned_percent:.1f}%",
                 _short(row.params),
                 f"{row.params_pruned_percent:.1f}%",
+                *(_latency(row) if timed else ()),
                 f"{row.seconds_scoring:.1f}/{row.seconds_cutting:.1f}/{row.seconds_tuning:.1f} s",
             )
         text = io.StringIO()
-        Console(file=text, width=112, color_system=None).print(table)
+        Console(file=text, width=132, color_system=None).print(table)
         return text.getvalue().rstrip()
 
     def save(self, path: str | Path) -> Path:
@@ -175,6 +184,12 @@ class PruneResult:
             f"PruneResult({self.criterion}, {len(self.history) - 1} steps, φ={last.phi:.3f}, MACs "
             f"-{last.macs_pruned_percent:.1f}%, params -{last.params_pruned_percent:.1f}%)"
         )
+
+
+def _latency(row: Step) -> tuple[str, str, str]:
+    if row.latency is None or row.latency_predicted is None or row.latency_share is None:
+        return "-", "-", "-"
+    return in_words(row.latency), in_words(row.latency_predicted), f"{row.latency_share:.1%}"
 
 
 def _short(count: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ def rank(
     units: Units,
     *,
     min_filters: int = 1,
-    round_to: int = 1,
+    round_to: int | Mapping[str, int] = 1,
     allowed: torch.Tensor | None = None,
 ) -> list[Block]:
     """All that may be removed, lowest importance first; any beginning of the list may be taken.
@@ -65,14 +65,16 @@ def rank(
         importance: (U,), comparable between layers.
         units: the model's units.
         min_filters: how many filters every convolution keeps at least.
-        round_to: units of a layer go in blocks that leave every convolution a multiple of this.
+        round_to: units of a layer go in blocks that leave every convolution a multiple of this; by the
+            name of the convolution, if it differs.
         allowed: (U,) bool, units that may go; None: all that are not frozen.
 
     Raises:
         NumericalError: an importance is not finite.
         InputError: `min_filters` or `round_to` is below 1.
     """
-    for name, value in (("min_filters", min_filters), ("round_to", round_to)):
+    steps = round_to if isinstance(round_to, Mapping) else dict.fromkeys(units.filters, round_to)
+    for name, value in (("min_filters", min_filters), *(("round_to", step) for step in steps.values())):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
     bad = torch.nonzero(~torch.isfinite(importance)).flatten()
@@ -93,7 +95,7 @@ def rank(
         candidates = sorted((u for u in layer.units if free[u]), key=lambda u: (scores[u], u))
         width = {conv: len(units.filters[conv]) for conv in layer.convs}
         blocks.extend(
-            _blocks(candidates, scores, sizes, takes, width, min_filters=min_filters, step=round_to)
+            _blocks(candidates, scores, sizes, takes, width, min_filters=min_filters, steps=steps)
         )
     # Within a layer scores ascend already; the sort is stable, so a layer's blocks stay in order.
     return sorted(blocks, key=lambda block: block.score)
@@ -117,7 +119,7 @@ def _blocks(
     width: dict[str, int],
     *,
     min_filters: int,
-    step: int,
+    steps: Mapping[str, int],
 ) -> list[Block]:
     blocks = []
     pending: list[int] = []
@@ -129,7 +131,7 @@ def _blocks(
         for conv, count in takes[unit].items():
             width[conv] -= count
             touched.add(conv)
-        if all(width[conv] % step == 0 for conv in touched):
+        if all(width[conv] % steps[conv] == 0 for conv in touched):
             score = sum(scores[u] for u in pending) / len(pending)
             blocks.append(Block(score, tuple(pending), sum(sizes[u] for u in pending)))
             pending, touched = [], set()

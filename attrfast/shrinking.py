@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from attrfast.batches import Batch
 from attrfast.channels import Discovery, discover
 from attrfast.cost import CostModel, cost
 from attrfast.errors import ModelError, TargetError
+from attrfast.latency import Gauge, per_second
 from attrfast.residual import ResidualBranch, find_branches, take_out
 from attrfast.selection import Block, first_filters, mask, rank, spared
 from attrfast.surgery import computes_the_same, cut, without
@@ -60,7 +61,9 @@ class Shrinking:
         ignore: Iterable[str | nn.Module],
     ) -> None:
         self.model = _copied(model).to(device)
-        self._min_filters, self._round_to = min_filters, round_to
+        self._min_filters = min_filters
+        self._round_to: int | Mapping[str, int] = round_to
+        self._gauge: Gauge | None = None
         rest = iter(batches)
         self._examples = [next(rest)]
 
@@ -124,6 +127,20 @@ class Shrinking:
         for text in told:
             warnings.warn(f"left whole: {text}", stacklevel=3)
 
+    @property
+    def example(self) -> Batch:
+        """A small batch."""
+        return self._examples[0]
+
+    def follow(self, gauge: Gauge) -> None:
+        """From now on, what goes first is what saves most time for its importance.
+
+        Widths are kept to those that the device likes, unless others were asked for.
+        """
+        self._gauge = gauge
+        if self._round_to == 1:
+            self._round_to = gauge.widths()
+
     def may_go(self) -> Discovery:
         """The units as they are now, those that `ignore` spares frozen like the others that must stay."""
         units = self.found.units
@@ -141,7 +158,23 @@ class Shrinking:
     def size(self) -> Size:
         filters = sum(int(gate.sum()) for gate in self.gates.values())
         first = self._examples[0]
-        return Size(filters, cost(self.model, first.args, first.kwargs))
+        return Size(filters, cost(self.model, first.args, first.kwargs), self._latency())
+
+    def _latency(self, removed: torch.Tensor | None = None) -> float:
+        return 0.0 if self._gauge is None else self._gauge.left(self.gates, self.found.units, removed)
+
+    def _sizes_after(self, blocks: Sequence[Block]) -> Callable[[int], Size]:
+        """What predicts the size after the first so many of these blocks are gone."""
+        now = self.size()
+        predictor = CostModel(self.model, self.found, now.cost)
+
+        def after(number: int) -> Size:
+            taken = blocks[:number]
+            removed = mask(taken, self.found.units)
+            left = now.filters - sum(block.filters for block in taken)
+            return Size(left, predictor.after(removed), self._latency(removed))
+
+        return after
 
     def check_reachable(self, targets: Targets) -> None:
         """Predicts the size after all cuts that are allowed.
@@ -149,21 +182,19 @@ class Shrinking:
         Raises:
             TargetError: it is above the targets.
         """
-        units = self.found.units
-        blocks = self._ranked(torch.zeros(len(units)))
-        now = self.size()
-        predicted = CostModel(self.model, self.found, now.cost).after(mask(blocks, units))
-        self._refuse_unless_reached(
-            targets, Size(now.filters - sum(b.filters for b in blocks), predicted)
-        )
+        blocks = self._ranked(torch.zeros(len(self.found.units)))
+        self._refuse_unless_reached(targets, self._sizes_after(blocks)(len(blocks)))
 
     def _refuse_unless_reached(self, targets: Targets, least: Size) -> None:
         if targets.sizes and not targets.reached(least):
             raise TargetError(
                 f"the target can't be reached: with everything gone that may go, "
                 f"{targets.missed(least)}; ask for less, lower min_filters ({self._min_filters}) or "
-                f"round_to ({self._round_to}), or ignore less"
+                f"round_to ({self._widest_step()}), or ignore less"
             )
+
+    def _widest_step(self) -> int:
+        return self._round_to if isinstance(self._round_to, int) else max(self._round_to.values())
 
     def remove_branches(
         self, branches: Iterable[ResidualBranch], importance: torch.Tensor
@@ -239,6 +270,9 @@ class Shrinking:
         return [(batch.args, batch.kwargs) for batch in self._examples]
 
     def _ranked(self, importance: torch.Tensor) -> list[Block]:
+        if self._gauge is not None:
+            savings = self._gauge.savings(self.gates, self.found.units)
+            importance = per_second(importance, savings)
         return rank(
             importance,
             self.found.units,
@@ -252,16 +286,13 @@ class Shrinking:
     ) -> list[Block]:
         """The lowest blocks: `count` filters, or fewer where the targets are reached before."""
         blocks = self._ranked(importance)
-        now = self.size()
         if not blocks:
-            self._refuse_unless_reached(targets, now)
+            self._refuse_unless_reached(targets, self.size())
             return []
-        predictor = CostModel(self.model, self.found, now.cost)
+        after = self._sizes_after(blocks)
 
         def enough(number: int) -> bool:
-            taken = blocks[:number]
-            left = now.filters - sum(block.filters for block in taken)
-            return targets.reached(Size(left, predictor.after(mask(taken, self.found.units))))
+            return targets.reached(after(number))
 
         low, high = 0, first_filters(blocks, count)
         if enough(high):  # the least number that is enough lies in (low, high]

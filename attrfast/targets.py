@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from attrfast.cost import Cost
 from attrfast.errors import InputError
+from attrfast.latency.limit import parse_limit
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,12 @@ class Size:
     Attributes:
         filters: of all convolutions that are scored.
         cost: multiply-adds and parameters.
+        latency: seconds of a pass, measured or predicted; 0 where nobody asks.
     """
 
     filters: int
     cost: Cost
+    latency: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Asked:
     Attributes:
         keep_ratio: share of the filters, in (0, 1].
         max_macs, max_params: share of the original's in (0, 1], or a count (a whole number above 1).
+        max_latency: a share of the original's or a time, see `attrfast.latency.parse_limit`.
         max_accuracy_drop: share of top-1, in [0, 1].
         needed: whether something must be asked.
 
@@ -39,20 +43,21 @@ class Asked:
     keep_ratio: float | None
     max_macs: float | None
     max_params: float | None
+    max_latency: str | float | None
     max_accuracy_drop: float | None
     needed: bool = True
 
     @property
     def nothing(self) -> bool:
         """Whether nothing was asked."""
-        targets = (self.keep_ratio, self.max_macs, self.max_params, self.max_accuracy_drop)
-        return all(target is None for target in targets)
+        sizes = (self.keep_ratio, self.max_macs, self.max_params, self.max_latency)
+        return all(target is None for target in (*sizes, self.max_accuracy_drop))
 
     def __post_init__(self) -> None:
         if self.needed and self.nothing:
             raise InputError(
-                "prune needs a target: keep_ratio, max_macs, max_params or max_accuracy_drop (for "
-                "instance max_macs=0.5 for half of the multiply-adds)"
+                "prune needs a target: keep_ratio, max_macs, max_params, max_latency or "
+                "max_accuracy_drop (for instance max_macs=0.5 for half of the multiply-adds)"
             )
         if self.keep_ratio is not None and not _is_share(self.keep_ratio):
             raise InputError(f"keep_ratio must lie in (0, 1], got {self.keep_ratio!r}")
@@ -62,6 +67,8 @@ class Asked:
                     f"{name} must be a share of the original in (0, 1], or a count as a whole number "
                     f"above 1, got {value!r}"
                 )
+        if self.max_latency is not None:
+            parse_limit(self.max_latency)
         drop = self.max_accuracy_drop
         if drop is not None and not (_is_number(drop) and 0 <= drop <= 1):
             raise InputError(
@@ -76,6 +83,9 @@ class Asked:
             filters=_limit(self.keep_ratio, whole.filters),
             macs=_limit(self.max_macs, whole.cost.macs),
             params=_limit(self.max_params, whole.cost.params),
+            latency=None
+            if self.max_latency is None
+            else parse_limit(self.max_latency).seconds(whole.latency),
             drop=self.max_accuracy_drop,
         )
 
@@ -105,6 +115,7 @@ class Targets:
     Attributes:
         whole: the original's size.
         filters, macs, params: at most so many are left.
+        latency: at most so many seconds are left.
         drop: top-1 may fall by at most this share.
     """
 
@@ -112,14 +123,16 @@ class Targets:
     filters: int | None
     macs: int | None
     params: int | None
+    latency: float | None
     drop: float | None
 
-    def _limits(self, now: Size) -> list[tuple[str, str, int, int, int]]:
+    def _limits(self, now: Size) -> list[tuple[str, str, float, float, float]]:
         """What was asked: argument, what it counts, limit, count now, count of the original."""
         rows = (
             ("keep_ratio", "filters", self.filters, now.filters, self.whole.filters),
             ("max_macs", "multiply-adds", self.macs, now.cost.macs, self.whole.cost.macs),
             ("max_params", "parameters", self.params, now.cost.params, self.whole.cost.params),
+            ("max_latency", "latency", self.latency, now.latency, self.whole.latency),
         )
         return [(a, what, limit, n, w) for a, what, limit, n, w in rows if limit is not None]
 
@@ -144,8 +157,10 @@ class Targets:
 
     def missed(self, now: Size) -> str:
         """How far a size is from the limits that it does not keep, in words."""
+        verbs = {"latency": "is"}
         return " and ".join(
-            f"{count / whole:.1%} of the {what} are left where {argument} asks for {limit / whole:.1%}"
+            f"{count / whole:.1%} of the {what} {verbs.get(what, 'are')} left where {argument} asks for "
+            f"{limit / whole:.1%}"
             for argument, what, limit, count, whole in self._limits(now)
             if count > limit
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
 
 from benchmarks import kernels as kernel_benchmark
+from benchmarks import latency as latency_benchmark
+from benchmarks import latency_report, picture, report
 from benchmarks import passes as pass_benchmark
-from benchmarks import picture, report
 from benchmarks import recorder as recorder_benchmark
 from benchmarks.networks import DEFAULT, NETWORKS
 
@@ -80,6 +82,53 @@ def recorder(
     report.show([report.recorder_sheet(results[network])])
     report.write("recorder.json", results)
     _publish()
+
+
+class Part(StrEnum):
+    """What `latency` measures."""
+
+    PREDICTIONS = "predictions"
+    REACHED = "reached"
+    ACCURACY = "accuracy"
+
+
+@app.command()
+def latency(
+    part: Annotated[
+        list[Part] | None, typer.Option(help="Leave out for all.", show_default=False)
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {'; '.join(latency_benchmark.CASES)}.", show_default=False),
+    ] = None,
+    network: Annotated[list[str], typer.Option(help="Small networks that are trained.")] = [  # noqa: B006
+        "vgg_small",
+        "resnet20",
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Trained networks of each.")] = 2,
+) -> None:
+    """Pruning to a measured latency: its prediction, what is reached, and the accuracy."""
+    results = report.read("latency.json")
+
+    def keep(part: Part, name: str, found: dict[str, Any]) -> None:
+        results.setdefault(part.value, {})[name] = found
+        report.write("latency.json", results)
+        latency_report.publish(results)
+
+    parts = part or list(Part)
+    for name in case or list(latency_benchmark.CASES):
+        if Part.PREDICTIONS in parts:
+            report.say(f"predictions: {name}")
+            keep(Part.PREDICTIONS, name, latency_benchmark.predictions(name))
+        if Part.REACHED in parts:
+            report.say(f"reached: {name}")
+            keep(Part.REACHED, name, latency_benchmark.reached(name))
+    if Part.ACCURACY in parts:
+        for seed in range(seeds):
+            for name in network:
+                report.say(f"accuracy: {name}, seed {seed}")
+                keep(Part.ACCURACY, f"{name}, seed {seed}", latency_benchmark.accuracy(name, seed))
+    report.show(latency_report.sheets(results))
 
 
 def _publish() -> None:

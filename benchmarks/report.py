@@ -162,9 +162,10 @@ def write_markdown(
     name: str = "README.md",
     introduction: str = PASSES_AND_KERNELS,
     picture: str = "passes.png",
+    caption: str = "time and memory of a pass",
 ) -> None:
     """Writes all tables to a file of `results/`."""
-    parts = [introduction, f"![time and memory of a pass]({picture})\n"]
+    parts = [introduction, f"![{caption}]({picture})\n"]
     for sheet in sheets:
         parts.append(f"## {sheet.title}\n")
         parts += [f"{note}\n" for note in sheet.notes]

@@ -1,0 +1,171 @@
+"""Narrows copies of a model in many ways and times every layer of each.
+
+Each way gives every layer one of five widths so that, over all ways, a layer meets each of its widths with
+each width of every layer that feeds it: an orthogonal array of 25 rows, whose columns go to layers like
+colours to a map. A second sweep takes widths that are no round numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from attrfast.channels import Discovery
+from attrfast.errors import ModelError
+from attrfast.latency.clock import pass_seconds, whole_pass_seconds
+from attrfast.latency.law import Sample
+from attrfast.latency.layers import TimedCall
+from attrfast.surgery import cut
+from attrfast.units import Units
+
+_LEVELS = (1.0, 0.75, 0.5, 0.25, 0.125)
+_WAYS = len(_LEVELS) ** 2
+_SHARE = 0.45  # of the whole model's time, that a narrowed one takes on average
+_SECONDS = 20.0  # to spend on passes, about
+_PASSES = 5  # of one narrowed copy, at most
+
+Inputs = tuple[Sequence[Any], dict[str, Any]]
+
+
+def sample(
+    model: nn.Module,
+    found: Discovery,
+    calls: Sequence[TimedCall],
+    inputs: Inputs,
+    device: torch.device,
+    *,
+    progress: bool,
+) -> dict[str, list[Sample]]:
+    """Times every call at about fifty pairs of widths.
+
+    Args:
+        model: in eval mode, on `device`; left as it is.
+        found, calls: its units and its calls.
+        inputs: what it is timed on.
+
+    Returns:
+        By the calls' keys; calls with the same key share their samples.
+
+    Raises:
+        ModelError: the model does not make the same calls in every pass.
+    """
+    passes = _passes(model, inputs, device)
+    times: dict[str, dict[tuple[int, int], list[float]]] = {call.key: {} for call in calls}
+    whole = _uncuttable(model, found, inputs)
+    ways = list(_ways(found.units, calls, whole))
+    random.Random(0).shuffle(ways)  # a slow minute of the machine spoils no one width
+    for removed in tqdm(ways, desc="timing layers", leave=False, disable=None if progress else True):
+        narrow = _narrowed(model, found.units, removed)
+        seconds = _watched(narrow, inputs, device, passes, len(calls))
+        for call, took in zip(calls, seconds.T.tolist(), strict=True):
+            times[call.key].setdefault(call.widths(removed), []).extend(took)
+    return {key: [_summed_up(*at, took) for at, took in rows.items()] for key, rows in times.items()}
+
+
+def _watched(
+    model: nn.Module, inputs: Inputs, device: torch.device, passes: int, calls: int
+) -> torch.Tensor:
+    """(passes, calls) seconds, without what watching costs: they add up to passes that nobody watches."""
+    seconds, alone = [], []
+    for _ in range(passes + 1):
+        alone.append(whole_pass_seconds(model, *inputs, device))
+        seconds.append(pass_seconds(model, *inputs, device))
+        if len(seconds[-1]) != calls:
+            raise ModelError(
+                f"the model made {len(seconds[-1])} calls in a pass and {calls} in another; a latency can "
+                f"only be predicted for one that makes the same calls in every pass"
+            )
+    found = torch.tensor(seconds[1:], dtype=torch.float64)  # libraries choose their kernels in the first
+    excess = float(found.sum(1).median()) - statistics.median(alone[1:])
+    return torch.maximum(found - excess / calls, found / 4)
+
+
+def _summed_up(inputs: int, outputs: int, took: list[float]) -> Sample:
+    took = [max(seconds, 1e-9) for seconds in took]  # the clock may not tell
+    low, _, high = statistics.quantiles([*took, *took], n=4, method="inclusive")
+    return Sample(inputs, outputs, statistics.median(took), low, high)
+
+
+def _passes(model: nn.Module, inputs: Inputs, device: torch.device) -> int:
+    pass_seconds(model, *inputs, device)
+    start = time.perf_counter()
+    pass_seconds(model, *inputs, device)
+    each = (time.perf_counter() - start) * 2 * _SHARE * 2 * _WAYS
+    return max(1, min(_PASSES, int(_SECONDS / each) - 1))
+
+
+def _narrowed(model: nn.Module, units: Units, removed: torch.Tensor) -> nn.Module:
+    narrow = copy.deepcopy(model)
+    cut(narrow, units, removed)
+    return narrow
+
+
+def _ways(units: Units, calls: Sequence[TimedCall], whole: set[int]) -> Iterator[torch.Tensor]:
+    """(U,) bool each, the units that are gone."""
+    column = _columns(units, calls)
+    chance = random.Random(1)
+    for round_numbers in (True, False):
+        for p, q in itertools.product(range(len(_LEVELS)), repeat=2):
+            removed = torch.zeros(len(units), dtype=torch.bool)
+            for index, layer in enumerate(units.layers):
+                free = [unit for unit in layer.units if units.frozen[unit] is None]
+                if index in whole or not free:
+                    continue
+                kind = column[index]
+                place = (p, q)[kind] if kind < 2 else p + (kind - 1) * q
+                level = round(_LEVELS[place % len(_LEVELS)] * len(free))
+                keep = _rounded(level, len(free)) if round_numbers else _odd(level, chance)
+                removed[free[keep:]] = True
+            yield removed
+
+
+def _rounded(level: int, width: int) -> int:
+    """The nearest width that any device likes."""
+    block = next((block for block in (32, 16, 8, 4) if 4 * block <= width), 1)
+    return min(width, max(1, round(level / block)) * block)
+
+
+def _odd(level: int, chance: random.Random) -> int:
+    """A width a little below, by a block that a device may like, or by anything."""
+    return max(1, level - chance.choice((0, 4, 8, 16, chance.randrange(1, 16))))
+
+
+def _columns(units: Units, calls: Sequence[TimedCall]) -> dict[int, int]:
+    """Layers (by index) -> a column; layers that meet in a call have different ones, while there are six."""
+    graph = nx.Graph()
+    graph.add_nodes_from(range(len(units.layers)))
+    for call in calls:
+        sides = [set(units.layer_of[row[row >= 0]].tolist()) for row in (call.inputs, call.outputs)]
+        graph.add_edges_from((a, b) for a in sides[0] for b in sides[1] if a != b)
+    colours = nx.greedy_color(graph)
+    return {layer: colour % (len(_LEVELS) + 1) for layer, colour in colours.items()}
+
+
+def _uncuttable(model: nn.Module, found: Discovery, inputs: Inputs) -> set[int]:
+    """Layers (by index) without a half of which the model does not run: its code has sizes written out."""
+    units = found.units
+
+    def runs(layers: Sequence[int]) -> bool:
+        removed = torch.zeros(len(units), dtype=torch.bool)
+        for index in layers:
+            free = [unit for unit in units.layers[index].units if units.frozen[unit] is None]
+            removed[free[max(1, len(free) // 2) :]] = True
+        try:
+            with torch.no_grad():
+                _narrowed(model, units, removed)(*inputs[0], **inputs[1])
+        except (RuntimeError, ValueError):
+            return False
+        return True
+
+    everything = range(len(units.layers))
+    return set() if runs(everything) else {index for index in everything if not runs([index])}
