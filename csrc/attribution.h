@@ -87,6 +87,19 @@ struct SegmentNormalize {
   Norm kind;
 };
 
+// y = conv(x, weight), 3x3 with stride 1, channels-last, in float.
+// Weight element (o, i, tap) lies at o * weight_out + i * weight_in + tap * weight_tap; flipped reads tap
+// 8 - tap in its place, which with in and out exchanged is the input gradient. scratch holds
+// winograd_floats() floats.
+struct Winograd {
+  const float *x, *weight;
+  float *y, *scratch;
+  int64_t n, h, w, channels_in, channels_out;
+  int64_t padding[2];
+  int64_t weight_out, weight_in, weight_tap;
+  bool flipped;
+};
+
 // One set of kernels, compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -98,6 +111,8 @@ struct Kernels {
   void (*affine_relu_max_pool_backward)(Dtype, const Shape&, const Pool&,
                                         const AffineReluMaxPoolBackward&, int threads);
   void (*segment_normalize)(Dtype, const SegmentNormalize&, int threads);
+  void (*winograd)(const Winograd&, int threads);
+  int64_t (*winograd_floats)(const Winograd&, int threads);
 };
 
 const Kernels* baseline_kernels();

@@ -254,6 +254,7 @@ static void attribution_typed(const Shape& shape, const Attribution& op, int thr
 
 #include "max_pool.inl"
 #include "normalize.inl"
+#include "winograd.inl"
 
 // -- dispatch ---------------------------------------------------------------------------------------
 
@@ -323,7 +324,7 @@ static void segment_normalize(Dtype dtype, const SegmentNormalize& op, int threa
 
 static const Kernels kernels = {ATTRFAST_ISA_NAME, affine_relu,          affine_relu_backward,
                                 attribution,       affine_relu_max_pool, affine_relu_max_pool_backward,
-                                segment_normalize};
+                                segment_normalize, winograd,             winograd_floats};
 
 }  // namespace ATTRFAST_ISA
 }  // namespace attrfast

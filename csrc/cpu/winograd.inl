@@ -1,0 +1,256 @@
+// 3x3 convolutions by Winograd's F(2x2, 3x3): 16 products a 2x2 tile of outputs in place of 36, channels-last
+// and in float; included by kernels.inl.
+//
+//   tile of x (4x4)  --B'dB-->  V[16]  \
+//                                       M[16] = V[16] * U[16], sums over input channels  --A'MA-->  2x2 of y
+//   weight (3x3)     --GgG'-->  U[16]  /
+//
+// Lavin and Gray 2016, Fast Algorithms for Convolutional Neural Networks. A thread takes a block of tiles
+// whose V stays in its cache, and passes U by it, a panel of output channels at a time. A sum runs over the
+// input channels in order, so results have the same bits however the tiles are cut into blocks.
+
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16, kMostRows = 14;  // 28 sums, 2 vectors of U and a value of V: 31 registers
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8, kMostRows = 6;
+#else
+constexpr int64_t kLanes = 4, kMostRows = 6;
+#endif
+constexpr int64_t kPanel = 2 * kLanes;           // output channels at a time
+constexpr int64_t kPlaneBytes = 512 * 1024;      // of V, for a block of tiles
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+
+static inline Vector load_vector(const float* from) {
+  Vector v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+static inline void store_vector(float* to, Vector v) { __builtin_memcpy(to, &v, sizeof v); }
+
+// The first `count` lanes; the others are zero.
+static inline Vector load_lanes(const float* from, int64_t count) {
+  if (count >= kLanes) return load_vector(from);
+  Vector v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = from[i];
+  return v;
+}
+
+static inline void store_lanes(float* to, Vector v, int64_t count) {
+  if (count >= kLanes) return store_vector(to, v);
+  for (int64_t i = 0; i < count; ++i) to[i] = v[i];
+}
+
+// Sizes that follow from a call; all in floats where not said otherwise.
+struct WinogradPlan {
+  int64_t rows, columns, tiles_down, tiles_across, tiles;  // outputs, and 2x2 tiles of them
+  int64_t in_vectors, out_vectors;                         // vectors of channels
+  int64_t block, blocks;                                   // tiles in a block, and how many blocks
+  int64_t v_plane, m_plane;                                // one of 16 in V and M
+  int64_t u, own;                                          // all of U; V and M of a thread
+
+  WinogradPlan(const Winograd& op, int threads)
+      : rows(op.h + 2 * op.padding[0] - 2),
+        columns(op.w + 2 * op.padding[1] - 2),
+        tiles_down(ceil_div(rows, 2)),
+        tiles_across(ceil_div(columns, 2)),
+        tiles(op.n * tiles_down * tiles_across),
+        in_vectors(ceil_div(op.channels_in, kLanes)),
+        out_vectors(ceil_div(op.channels_out, kLanes)) {
+    const int64_t most = larger(2 * kMostRows, kPlaneBytes / (16 * 4 * in_vectors * kLanes));
+    blocks = ceil_div(ceil_div(tiles, smaller(most, 8 * kMostRows)), threads) * threads;
+    block = ceil_div(tiles, blocks);
+    // One vector more: no two planes lie a power of two apart.
+    v_plane = in_vectors * block * kLanes + kLanes;
+    m_plane = block * kPanel + kLanes;
+    u = 16 * in_vectors * kLanes * out_vectors * kLanes;
+    own = 16 * (v_plane + m_plane);
+  }
+  int64_t zeros() const { return in_vectors * kLanes; }
+  int64_t floats(int threads) const { return u + zeros() + threads * own; }
+};
+
+// U[panel][16][input channel][output channel of the panel] = G g G' for one panel and one vector of input
+// channels; the last panel may be one vector wide.
+static void transform_weight(const Winograd& op, int64_t panel, int64_t in_vector, int64_t width,
+                             int64_t depth, float* u) {
+  float taps[9][kLanes][kPanel];
+  const int64_t out0 = panel * kPanel, in0 = in_vector * kLanes;
+  const int64_t outs = smaller(width, op.channels_out - out0), ins = smaller(kLanes, op.channels_in - in0);
+  if (outs < width || ins < kLanes) __builtin_memset(taps, 0, sizeof taps);
+  for (int64_t o = 0; o < outs; ++o) {
+    const float* w = op.weight + (out0 + o) * op.weight_out + in0 * op.weight_in;
+    for (int64_t t = 0; t < 9; ++t) {
+      const float* from = w + (op.flipped ? 8 - t : t) * op.weight_tap;
+      for (int64_t i = 0; i < ins; ++i) taps[t][i][o] = from[i * op.weight_in];
+    }
+  }
+  for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t o = 0; o < width; o += kLanes) {
+      Vector half[4][3];
+      for (int64_t x = 0; x < 3; ++x) {
+        const Vector a = load_vector(&taps[x][i][o]), b = load_vector(&taps[3 + x][i][o]),
+                     c = load_vector(&taps[6 + x][i][o]);
+        half[0][x] = a;
+        half[1][x] = 0.5f * (a + b + c);
+        half[2][x] = 0.5f * (a - b + c);
+        half[3][x] = c;
+      }
+      float* to = u + (in0 + i) * width + o;
+      for (int64_t y = 0; y < 4; ++y) {
+        const Vector a = half[y][0], b = half[y][1], c = half[y][2];
+        store_vector(to + (4 * y + 0) * depth * width, a);
+        store_vector(to + (4 * y + 1) * depth * width, 0.5f * (a + b + c));
+        store_vector(to + (4 * y + 2) * depth * width, 0.5f * (a - b + c));
+        store_vector(to + (4 * y + 3) * depth * width, c);
+      }
+    }
+  }
+}
+
+// V[16][vector of channels][tile][channel of the vector] = B' d B for one tile.
+static inline void transform_input(const Winograd& op, const WinogradPlan& plan, int64_t tile,
+                                   int64_t place, const float* zeros, float* v) {
+  const int64_t across = tile % plan.tiles_across, rest = tile / plan.tiles_across;
+  const int64_t n = rest / plan.tiles_down;
+  const int64_t y0 = 2 * (rest % plan.tiles_down) - op.padding[0], x0 = 2 * across - op.padding[1];
+  const float* from[4][4];
+  for (int64_t y = 0; y < 4; ++y) {
+    for (int64_t x = 0; x < 4; ++x) {
+      const bool inside = y0 + y >= 0 && y0 + y < op.h && x0 + x >= 0 && x0 + x < op.w;
+      from[y][x] =
+          inside ? op.x + ((n * op.h + y0 + y) * op.w + x0 + x) * op.channels_in : zeros;
+    }
+  }
+  for (int64_t i = 0; i < plan.in_vectors; ++i) {
+    const int64_t c = i * kLanes, count = op.channels_in - c;
+    Vector half[4][4];
+    for (int64_t x = 0; x < 4; ++x) {
+      const Vector a = load_lanes(from[0][x] + c, count), b = load_lanes(from[1][x] + c, count),
+                   d = load_lanes(from[2][x] + c, count), e = load_lanes(from[3][x] + c, count);
+      half[0][x] = a - d;
+      half[1][x] = b + d;
+      half[2][x] = d - b;
+      half[3][x] = b - e;
+    }
+    float* to = v + (i * plan.block + place) * kLanes;
+    for (int64_t y = 0; y < 4; ++y) {
+      store_vector(to, half[y][0] - half[y][2]);
+      store_vector(to + plan.v_plane, half[y][1] + half[y][2]);
+      store_vector(to + 2 * plan.v_plane, half[y][2] - half[y][1]);
+      store_vector(to + 3 * plan.v_plane, half[y][1] - half[y][3]);
+      to += 4 * plan.v_plane;
+    }
+  }
+}
+
+// M = V * U for R tiles and S vectors of output channels; all sums stay in registers.
+template <int R, int S>
+static void multiply(const float* v, int64_t v_step, const float* u, int64_t in_vectors, float* m) {
+  Vector sum[R][S] = {};
+  for (int64_t i = 0; i < in_vectors; ++i, v += v_step) {
+#pragma GCC unroll 2
+    for (int64_t lane = 0; lane < kLanes; ++lane, u += S * kLanes) {
+      Vector b[S];
+      for (int s = 0; s < S; ++s) b[s] = load_vector(u + s * kLanes);
+      for (int r = 0; r < R; ++r)
+        for (int s = 0; s < S; ++s) sum[r][s] += v[r * kLanes + lane] * b[s];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int s = 0; s < S; ++s) store_vector(m + (r * S + s) * kLanes, sum[r][s]);
+}
+
+template <int S, int R = kMostRows>
+static inline void multiply_rows(int64_t rows, const float* v, int64_t v_step, const float* u,
+                                 int64_t in_vectors, float* m) {
+  if (rows == R) return multiply<R, S>(v, v_step, u, in_vectors, m);
+  if constexpr (R > 1) multiply_rows<S, R - 1>(rows, v, v_step, u, in_vectors, m);
+}
+
+// y = A' M A for one tile and one panel of output channels.
+static inline void transform_output(const Winograd& op, const WinogradPlan& plan, int64_t tile,
+                                    int64_t channel, int64_t width, const float* m) {
+  const int64_t across = tile % plan.tiles_across, rest = tile / plan.tiles_across;
+  const int64_t n = rest / plan.tiles_down, down = rest % plan.tiles_down;
+  const int64_t rows = smaller(2, plan.rows - 2 * down), columns = smaller(2, plan.columns - 2 * across);
+  const int64_t first =
+      ((n * plan.rows + 2 * down) * plan.columns + 2 * across) * op.channels_out + channel;
+  for (int64_t o = 0; o < width; o += kLanes) {
+    const int64_t count = op.channels_out - channel - o;
+    Vector half[2][4];
+    for (int64_t x = 0; x < 4; ++x) {
+      const Vector a = load_vector(m + o + x * plan.m_plane),
+                   b = load_vector(m + o + (4 + x) * plan.m_plane),
+                   c = load_vector(m + o + (8 + x) * plan.m_plane),
+                   d = load_vector(m + o + (12 + x) * plan.m_plane);
+      half[0][x] = a + b + c;
+      half[1][x] = b - c - d;
+    }
+    for (int64_t y = 0; y < 2; ++y) {
+      const Vector* h = half[y];
+      const Vector both[2] = {h[0] + h[1] + h[2], h[1] - h[2] - h[3]};
+      for (int64_t x = 0; x < 2; ++x) {
+        if (y >= rows || x >= columns) continue;
+        const int64_t at = first + (y * plan.columns + x) * op.channels_out + o;
+        store_lanes(op.y + at, both[x], count);
+      }
+    }
+  }
+}
+
+template <int S>
+static void winograd_panel(const Winograd& op, const WinogradPlan& plan, int64_t start, int64_t count,
+                           int64_t channel, const float* v, const float* u, float* m) {
+  const int64_t parts = ceil_div(count, kMostRows), v_step = plan.block * kLanes;
+  for (int64_t plane = 0; plane < 16; ++plane) {
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = count * part / parts, last = count * (part + 1) / parts;
+      multiply_rows<S>(last - first, v + plane * plan.v_plane + first * kLanes, v_step,
+                       u + plane * plan.in_vectors * kLanes * S * kLanes, plan.in_vectors,
+                       m + plane * plan.m_plane + first * S * kLanes);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i)
+    transform_output(op, plan, start + i, channel, S * kLanes, m + i * S * kLanes);
+}
+
+static int64_t winograd_floats(const Winograd& op, int threads) {
+  return WinogradPlan(op, threads).floats(threads);
+}
+
+static void winograd(const Winograd& op, int threads) {
+  const WinogradPlan plan(op, threads);
+  float* const u = op.scratch;
+  float* const zeros = u + plan.u;
+  const int64_t depth = plan.in_vectors * kLanes, panels = ceil_div(plan.out_vectors, 2);
+  for (int64_t i = 0; i < plan.zeros(); ++i) zeros[i] = 0;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t piece = 0; piece < panels * plan.in_vectors; ++piece) {
+      const int64_t panel = piece / plan.in_vectors;
+      const int64_t width = smaller(2, plan.out_vectors - 2 * panel) * kLanes;
+      transform_weight(op, panel, piece % plan.in_vectors, width, depth, u + panel * 16 * depth * kPanel);
+    }
+#pragma omp for schedule(static)
+    for (int64_t share = 0; share < threads; ++share) {
+      float* const v = zeros + plan.zeros() + share * plan.own;
+      float* const m = v + 16 * plan.v_plane;
+      const int64_t each = plan.blocks / threads;
+      for (int64_t block = share * each; block < (share + 1) * each; ++block) {
+        const int64_t start = block * plan.block;
+        const int64_t count = smaller(plan.block, plan.tiles - start);
+        for (int64_t i = 0; i < count; ++i) transform_input(op, plan, start + i, i, zeros, v);
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const float* mine = u + panel * 16 * depth * kPanel;
+          if (2 * panel + 1 < plan.out_vectors) {
+            winograd_panel<2>(op, plan, start, count, panel * kPanel, v, mine, m);
+          } else {
+            winograd_panel<1>(op, plan, start, count, panel * kPanel, v, mine, m);
+          }
+        }
+      }
+    }
+  }
+}
