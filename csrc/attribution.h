@@ -87,17 +87,19 @@ struct SegmentNormalize {
   Norm kind;
 };
 
-// y = conv(x, weight), 3x3 with stride 1, channels-last, in float.
+// y = clamp(conv(x, weight) * scale + shift + residual, lower, upper), 3x3 with stride 1, channels-last, in
+// float. Null means 1, 0 and 0; y may be residual.
 // Weight element (o, i, tap) lies at o * weight_out + i * weight_in + tap * weight_tap; flipped reads tap
 // 8 - tap in its place, which with in and out exchanged is the input gradient. scratch holds
 // winograd_floats() floats.
 struct Winograd {
-  const float *x, *weight;
+  const float *x, *weight, *scale, *shift, *residual;
   float *y, *scratch;
   int64_t n, h, w, channels_in, channels_out;
   int64_t padding[2];
   int64_t weight_out, weight_in, weight_tap;
   bool flipped;
+  float lower, upper;
 };
 
 // One set of kernels, compiled for one instruction set.

@@ -126,11 +126,15 @@ int64_t winograd_floats(int64_t n, Two input, int64_t channels_in, int64_t chann
 
 void winograd(int64_t n, Two input, int64_t channels_in, int64_t channels_out, Two padding, Address x,
               Address weight, int64_t weight_out, int64_t weight_in, int64_t weight_tap, bool flipped,
-              Address y, Address scratch, int threads) {
+              Address scale, Address shift, Address residual, Address y, Address scratch, double lower,
+              double upper, int threads) {
   Winograd op = winograd_of(n, input, channels_in, channels_out, padding);
   op.x = static_cast<const float*>(in(x)), op.weight = static_cast<const float*>(in(weight));
   op.weight_out = weight_out, op.weight_in = weight_in, op.weight_tap = weight_tap;
   op.flipped = flipped;
+  op.scale = static_cast<const float*>(in(scale)), op.shift = static_cast<const float*>(in(shift));
+  op.residual = static_cast<const float*>(in(residual));
+  op.lower = static_cast<float>(lower), op.upper = static_cast<float>(upper);
   op.y = static_cast<float*>(out(y)), op.scratch = static_cast<float*>(out(scratch));
   chosen->winograd(op, threads);
 }

@@ -174,10 +174,13 @@ static inline void transform_output(const Winograd& op, const WinogradPlan& plan
   const int64_t across = tile % plan.tiles_across, rest = tile / plan.tiles_across;
   const int64_t n = rest / plan.tiles_down, down = rest % plan.tiles_down;
   const int64_t rows = smaller(2, plan.rows - 2 * down), columns = smaller(2, plan.columns - 2 * across);
+  const Vector lower = Vector{} + op.lower, upper = Vector{} + op.upper;
   const int64_t first =
       ((n * plan.rows + 2 * down) * plan.columns + 2 * across) * op.channels_out + channel;
   for (int64_t o = 0; o < width; o += kLanes) {
     const int64_t count = op.channels_out - channel - o;
+    const Vector scale = op.scale ? load_lanes(op.scale + channel + o, count) : Vector{};
+    const Vector shift = op.shift ? load_lanes(op.shift + channel + o, count) : Vector{};
     Vector half[2][4];
     for (int64_t x = 0; x < 4; ++x) {
       const Vector a = load_vector(m + o + x * plan.m_plane),
@@ -193,7 +196,13 @@ static inline void transform_output(const Winograd& op, const WinogradPlan& plan
       for (int64_t x = 0; x < 2; ++x) {
         if (y >= rows || x >= columns) continue;
         const int64_t at = first + (y * plan.columns + x) * op.channels_out + o;
-        store_lanes(op.y + at, both[x], count);
+        Vector v = both[x];
+        if (op.scale) v *= scale;
+        if (op.shift) v += shift;
+        if (op.residual) v += load_lanes(op.residual + at, count);
+        v = v < op.lower ? lower : v;  // comparisons with NaN are false, so NaN stays
+        v = v > op.upper ? upper : v;
+        store_lanes(op.y + at, v, count);
       }
     }
   }

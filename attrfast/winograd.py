@@ -1,0 +1,92 @@
+"""3x3 convolutions by the backend's own kernel (Winograd's F(2x2, 3x3)), where it is faster than the library's.
+
+Must not know what a stage or a pass is.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attrfast._backend import backend_for
+from attrfast.buffers import Buffers
+from attrfast.convolution import Geometry
+from attrfast.layouts import channels_lie_together, laid
+from attrfast.reference import INF
+
+Tensor = torch.Tensor
+
+ENABLED = True  # benchmarks and tests turn it off to compare
+LARGE = 8 << 20  # bytes from which a tensor lies in buffers, whose smallest block is a huge page
+
+
+def suits(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a convolution of x, or the input's gradient from x, is one for this kernel."""
+    stride, padding, dilation, groups = geometry
+    return (
+        ENABLED
+        and x.dim() == 4
+        and x.dtype == weight.dtype == torch.float32
+        and weight.shape[2:] == (3, 3)
+        and stride == dilation == [1, 1]
+        and groups == 1
+        and max(padding) <= 2
+        and weight.stride(2) == 3 * weight.stride(3)
+        and channels_lie_together(x)
+        and not torch.is_autocast_enabled(x.device.type)
+        and backend_for(x.device).has_winograd
+        and _pays(x, weight)
+    )
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether it is faster, by the measurements in docs/kernels.md."""
+    return min(weight.shape[:2]) >= 16 and x.numel() > 0
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    padding: list[int],
+    *,
+    transposed: bool = False,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    lower: float = -INF,
+    upper: float = INF,
+    out: Tensor | None = None,
+    buffers: Buffers | None = None,
+) -> Tensor:
+    """clamp(conv(x, weight) * scale + shift + residual, lower, upper), of tensors that `suits` accepts.
+
+    Args:
+        padding: of the convolution; with `transposed`, of the one whose input's gradient this is.
+        transposed: x is a gradient for a convolution's output, and the result one for its input.
+        scale, shift: (C,) float32, or None for 1 and 0.
+        out: channels-last memory for the result; None makes new memory.
+        buffers: what large memory comes from.
+
+    Returns:
+        (N, C, H, W), channels-last.
+    """
+    if transposed:
+        padding = [2 - p for p in padding]
+    channels = weight.shape[1 if transposed else 0]
+    if out is None:
+        rows, columns = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True))
+        shape = len(x), channels, rows, columns
+        strides = rows * columns * channels, 1, columns * channels, channels
+        if buffers is not None and 4 * torch.Size(shape).numel() > LARGE:
+            out = buffers.empty(shape, strides, x.dtype)
+        else:
+            out = torch.empty_strided(shape, strides, dtype=x.dtype)
+    backend = backend_for(x.device)
+    floats = backend.winograd_floats(x, channels, padding)
+    scratch = (
+        torch.empty(floats)
+        if buffers is None
+        else buffers.empty((floats,), (1,), torch.float32)
+    )
+    other = None if residual is None else laid(residual, True)
+    backend.winograd(x, weight, padding, transposed, scale, shift, other, lower, upper, out, scratch)
+    return out
