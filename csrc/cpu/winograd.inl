@@ -16,8 +16,9 @@ constexpr int64_t kLanes = 8, kMostRows = 6;
 #else
 constexpr int64_t kLanes = 4, kMostRows = 6;
 #endif
-constexpr int64_t kPanel = 2 * kLanes;           // output channels at a time
-constexpr int64_t kPlaneBytes = 512 * 1024;      // of V, for a block of tiles
+constexpr int64_t kPanel = 2 * kLanes;       // output channels at a time
+constexpr int64_t kBlockBytes = 512 * 1024;  // of V, for a block of tiles
+constexpr int64_t kSteps = 4;
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 
 static inline Vector load_vector(const float* from) {
@@ -41,13 +42,33 @@ static inline void store_lanes(float* to, Vector v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = v[i];
 }
 
-// Sizes that follow from a call; all in floats where not said otherwise.
+// Exchanges the rows and columns of a square of vectors: blocks of half the size, then of a quarter, ...
+static inline void transpose(Vector* rows) {
+  typedef int Lanes __attribute__((vector_size(4 * kLanes)));
+  for (int64_t half = kLanes / 2; half >= 1; half /= 2) {
+    Lanes low = {}, high = {};
+    for (int64_t i = 0; i < kLanes; ++i) {
+      low[i] = static_cast<int>(i & half ? i - half + kLanes : i);
+      high[i] = static_cast<int>(i & half ? i + kLanes : i + half);
+    }
+    for (int64_t i = 0; i < kLanes; ++i) {
+      if (i & half) continue;
+      const Vector a = rows[i], b = rows[i + half];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// Sizes that follow from a call; all in floats where not said otherwise. Of U and V the smaller one is made
+// whole, once; of the other a piece at a time.
 struct WinogradPlan {
   int64_t rows, columns, tiles_down, tiles_across, tiles;  // outputs, and 2x2 tiles of them
-  int64_t in_vectors, out_vectors;                         // vectors of channels
-  int64_t block, blocks;                                   // tiles in a block, and how many blocks
-  int64_t v_plane, m_plane;                                // one of 16 in V and M
-  int64_t u, own;                                          // all of U; V and M of a thread
+  int64_t in_vectors, out_vectors, panels;                 // vectors and panels of channels
+  bool whole_u;
+  int64_t block, step;  // tiles whose V is held at once, and that pass by a panel of U at once
+  int64_t u_plane, v_plane, m_plane;  // one of 16 in a panel of U, in V and in M
+  int64_t whole, own;                 // what all threads read, and what each has for itself
 
   WinogradPlan(const Winograd& op, int threads)
       : rows(op.h + 2 * op.padding[0] - 2),
@@ -56,41 +77,63 @@ struct WinogradPlan {
         tiles_across(ceil_div(columns, 2)),
         tiles(op.n * tiles_down * tiles_across),
         in_vectors(ceil_div(op.channels_in, kLanes)),
-        out_vectors(ceil_div(op.channels_out, kLanes)) {
-    const int64_t most = larger(2 * kMostRows, kPlaneBytes / (16 * 4 * in_vectors * kLanes));
-    blocks = ceil_div(ceil_div(tiles, smaller(most, 8 * kMostRows)), threads) * threads;
-    block = ceil_div(tiles, blocks);
+        out_vectors(ceil_div(op.channels_out, kLanes)),
+        panels(ceil_div(out_vectors, 2)),
+        whole_u(out_vectors * kLanes <= tiles),
+        block(tiles),
+        step(smaller(tiles, kSteps * kMostRows)) {
+    if (whole_u) {
+      const int64_t fit = kBlockBytes / (16 * 4 * in_vectors * kLanes);
+      const int64_t most = larger(2 * kMostRows, smaller(fit, 8 * kMostRows));
+      block = step = ceil_div(ceil_div(tiles, threads), ceil_div(tiles, threads * most));
+    }
     // One vector more: no two planes lie a power of two apart.
+    u_plane = in_vectors * kLanes * kPanel + kLanes;
     v_plane = in_vectors * block * kLanes + kLanes;
-    m_plane = block * kPanel + kLanes;
-    u = 16 * in_vectors * kLanes * out_vectors * kLanes;
-    own = 16 * (v_plane + m_plane);
+    m_plane = step * kPanel + kLanes;
+    whole = 16 * (whole_u ? u_plane * panels : v_plane);
+    own = 16 * ((whole_u ? v_plane : u_plane) + m_plane);
   }
   int64_t zeros() const { return in_vectors * kLanes; }
-  int64_t floats(int threads) const { return u + zeros() + threads * own; }
+  int64_t floats(int threads) const { return zeros() + whole + threads * own; }
+  // Output channels of a panel; the last one may be one vector wide.
+  int64_t width(int64_t panel) const { return smaller(2, out_vectors - 2 * panel) * kLanes; }
 };
 
-// U[panel][16][input channel][output channel of the panel] = G g G' for one panel and one vector of input
-// channels; the last panel may be one vector wide.
-static void transform_weight(const Winograd& op, int64_t panel, int64_t in_vector, int64_t width,
-                             int64_t depth, float* u) {
-  float taps[9][kLanes][kPanel];
+// U[16][input channel][output channel] = G g G' for one panel of output and one vector of input channels.
+static void transform_weight(const Winograd& op, const WinogradPlan& plan, int64_t panel,
+                             int64_t in_vector, float* u) {
+  const int64_t width = plan.width(panel), plane = plan.u_plane;
+  Vector taps[9][2][kLanes];  // [tap][vector of output channels][input channel]
   const int64_t out0 = panel * kPanel, in0 = in_vector * kLanes;
   const int64_t outs = smaller(width, op.channels_out - out0), ins = smaller(kLanes, op.channels_in - in0);
-  if (outs < width || ins < kLanes) __builtin_memset(taps, 0, sizeof taps);
-  for (int64_t o = 0; o < outs; ++o) {
-    const float* w = op.weight + (out0 + o) * op.weight_out + in0 * op.weight_in;
-    for (int64_t t = 0; t < 9; ++t) {
-      const float* from = w + (op.flipped ? 8 - t : t) * op.weight_tap;
-      for (int64_t i = 0; i < ins; ++i) taps[t][i][o] = from[i * op.weight_in];
+  const float* const w = op.weight + out0 * op.weight_out + in0 * op.weight_in;
+  for (int64_t t = 0; t < 9; ++t) {
+    const float* from = w + (op.flipped ? 8 - t : t) * op.weight_tap;
+    for (int64_t o = 0; o < width; o += kLanes) {
+      Vector* const to = taps[t][o / kLanes];
+      if (op.weight_out == 1) {
+        for (int64_t i = 0; i < kLanes; ++i)
+          to[i] = i < ins ? load_lanes(from + i * op.weight_in + o, outs - o) : Vector{};
+      } else if (op.weight_in == 1) {
+        for (int64_t i = 0; i < kLanes; ++i)
+          to[i] = o + i < outs ? load_lanes(from + (o + i) * op.weight_out, ins) : Vector{};
+        transpose(to);
+      } else {
+        for (int64_t i = 0; i < kLanes; ++i) {
+          to[i] = Vector{};
+          for (int64_t j = 0; i < ins && j < smaller(kLanes, outs - o); ++j)
+            to[i][j] = from[i * op.weight_in + (o + j) * op.weight_out];
+        }
+      }
     }
   }
   for (int64_t i = 0; i < kLanes; ++i) {
     for (int64_t o = 0; o < width; o += kLanes) {
       Vector half[4][3];
       for (int64_t x = 0; x < 3; ++x) {
-        const Vector a = load_vector(&taps[x][i][o]), b = load_vector(&taps[3 + x][i][o]),
-                     c = load_vector(&taps[6 + x][i][o]);
+        const Vector a = taps[x][o / kLanes][i], b = taps[3 + x][o / kLanes][i],
+                     c = taps[6 + x][o / kLanes][i];
         half[0][x] = a;
         half[1][x] = 0.5f * (a + b + c);
         half[2][x] = 0.5f * (a - b + c);
@@ -99,10 +142,10 @@ static void transform_weight(const Winograd& op, int64_t panel, int64_t in_vecto
       float* to = u + (in0 + i) * width + o;
       for (int64_t y = 0; y < 4; ++y) {
         const Vector a = half[y][0], b = half[y][1], c = half[y][2];
-        store_vector(to + (4 * y + 0) * depth * width, a);
-        store_vector(to + (4 * y + 1) * depth * width, 0.5f * (a + b + c));
-        store_vector(to + (4 * y + 2) * depth * width, 0.5f * (a - b + c));
-        store_vector(to + (4 * y + 3) * depth * width, c);
+        store_vector(to + (4 * y + 0) * plane, a);
+        store_vector(to + (4 * y + 1) * plane, 0.5f * (a + b + c));
+        store_vector(to + (4 * y + 2) * plane, 0.5f * (a - b + c));
+        store_vector(to + (4 * y + 3) * plane, c);
       }
     }
   }
@@ -208,6 +251,7 @@ static inline void transform_output(const Winograd& op, const WinogradPlan& plan
   }
 }
 
+// A panel of y for the tiles from `start`; v is that of the first of them.
 template <int S>
 static void winograd_panel(const Winograd& op, const WinogradPlan& plan, int64_t start, int64_t count,
                            int64_t channel, const float* v, const float* u, float* m) {
@@ -216,12 +260,21 @@ static void winograd_panel(const Winograd& op, const WinogradPlan& plan, int64_t
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = count * part / parts, last = count * (part + 1) / parts;
       multiply_rows<S>(last - first, v + plane * plan.v_plane + first * kLanes, v_step,
-                       u + plane * plan.in_vectors * kLanes * S * kLanes, plan.in_vectors,
+                       u + plane * plan.u_plane, plan.in_vectors,
                        m + plane * plan.m_plane + first * S * kLanes);
     }
   }
   for (int64_t i = 0; i < count; ++i)
     transform_output(op, plan, start + i, channel, S * kLanes, m + i * S * kLanes);
+}
+
+static void winograd_panel(const Winograd& op, const WinogradPlan& plan, int64_t start, int64_t count,
+                           int64_t panel, const float* v, const float* u, float* m) {
+  if (plan.width(panel) == kPanel) {
+    winograd_panel<2>(op, plan, start, count, panel * kPanel, v, u, m);
+  } else {
+    winograd_panel<1>(op, plan, start, count, panel * kPanel, v, u, m);
+  }
 }
 
 static int64_t winograd_floats(const Winograd& op, int threads) {
@@ -230,33 +283,40 @@ static int64_t winograd_floats(const Winograd& op, int threads) {
 
 static void winograd(const Winograd& op, int threads) {
   const WinogradPlan plan(op, threads);
-  float* const u = op.scratch;
-  float* const zeros = u + plan.u;
-  const int64_t depth = plan.in_vectors * kLanes, panels = ceil_div(plan.out_vectors, 2);
+  float* const zeros = op.scratch;
+  float* const whole = zeros + plan.zeros();
   for (int64_t i = 0; i < plan.zeros(); ++i) zeros[i] = 0;
 #pragma omp parallel num_threads(threads)
   {
+    if (plan.whole_u) {
 #pragma omp for schedule(static)
-    for (int64_t piece = 0; piece < panels * plan.in_vectors; ++piece) {
-      const int64_t panel = piece / plan.in_vectors;
-      const int64_t width = smaller(2, plan.out_vectors - 2 * panel) * kLanes;
-      transform_weight(op, panel, piece % plan.in_vectors, width, depth, u + panel * 16 * depth * kPanel);
+      for (int64_t piece = 0; piece < plan.panels * plan.in_vectors; ++piece) {
+        const int64_t panel = piece / plan.in_vectors;
+        transform_weight(op, plan, panel, piece % plan.in_vectors, whole + panel * 16 * plan.u_plane);
+      }
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < plan.tiles; ++i) transform_input(op, plan, i, i, zeros, whole);
     }
 #pragma omp for schedule(static)
     for (int64_t share = 0; share < threads; ++share) {
-      float* const v = zeros + plan.zeros() + share * plan.own;
-      float* const m = v + 16 * plan.v_plane;
-      const int64_t each = plan.blocks / threads;
-      for (int64_t block = share * each; block < (share + 1) * each; ++block) {
-        const int64_t start = block * plan.block;
-        const int64_t count = smaller(plan.block, plan.tiles - start);
-        for (int64_t i = 0; i < count; ++i) transform_input(op, plan, start + i, i, zeros, v);
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          const float* mine = u + panel * 16 * depth * kPanel;
-          if (2 * panel + 1 < plan.out_vectors) {
-            winograd_panel<2>(op, plan, start, count, panel * kPanel, v, mine, m);
-          } else {
-            winograd_panel<1>(op, plan, start, count, panel * kPanel, v, mine, m);
+      float* const mine = whole + plan.whole + share * plan.own;
+      float* const m = mine + plan.own - 16 * plan.m_plane;
+      if (plan.whole_u) {
+        const int64_t end = plan.tiles * (share + 1) / threads;
+        for (int64_t start = plan.tiles * share / threads; start < end; start += plan.block) {
+          const int64_t count = smaller(plan.block, end - start);
+          for (int64_t i = 0; i < count; ++i) transform_input(op, plan, start + i, i, zeros, mine);
+          for (int64_t panel = 0; panel < plan.panels; ++panel)
+            winograd_panel(op, plan, start, count, panel, mine, whole + panel * 16 * plan.u_plane, m);
+        }
+      } else {
+        const int64_t end = plan.panels * (share + 1) / threads;
+        for (int64_t panel = plan.panels * share / threads; panel < end; ++panel) {
+          for (int64_t i = 0; i < plan.in_vectors; ++i) transform_weight(op, plan, panel, i, mine);
+          for (int64_t start = 0; start < plan.tiles; start += plan.step) {
+            const int64_t count = smaller(plan.step, plan.tiles - start);
+            winograd_panel(op, plan, start, count, panel, whole + start * kLanes, mine, m);
           }
         }
       }
