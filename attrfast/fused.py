@@ -20,7 +20,7 @@ from attrfast.buffers import Buffers
 from attrfast.convolution import Geometry, each, input_gradient
 from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import Plan
-from attrfast.layouts import channels_lie_together, empty_laid
+from attrfast.layouts import channels_lie_together, empty_laid, laid
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.reference import compute_dtype
 from attrfast.signatures import batch_norm_arguments, bound_arguments
@@ -347,11 +347,14 @@ def _input_gradient(
     weight = run.weight
     if scale is not None:
         weight = (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
-    if winograd.suits(gz, weight, run.geometry) and (out is None or channels_lie_together(out)):
-        padding = run.geometry.padding
-        return winograd.convolve(
-            gz, weight, padding, transposed=True, out=out, buffers=run.memory
-        )
+    if strides[1] == 1 and (out is None or channels_lie_together(out)):
+        # Maps of one position, as a pooling's gradient may be, lie in either layout: a copy costs little.
+        g = laid(gz, True) if len(shape) == 4 else gz
+        if winograd.suits(g, weight, run.geometry):
+            padding = run.geometry.padding
+            return winograd.convolve(
+                g, weight, padding, transposed=True, out=out, buffers=run.memory
+            )
     gx = input_gradient(gz, weight, torch.Size((len(gz), *shape[1:])), strides, run.geometry)
     return gx if out is None else out.copy_(gx)
 
