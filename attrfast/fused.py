@@ -336,9 +336,7 @@ def _is_dense(g: Tensor) -> bool:
     )
 
 
-def _input_gradient(
-    run: _Run, gz: Tensor, scale: Tensor | None, out: Tensor | None = None
-) -> Tensor:
+def _input_gradient(run: _Run, gz: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The gradient for what a stage's convolution read, into `out` if it is given."""
     assert run.x_like is not None
     assert run.geometry is not None
@@ -350,11 +348,9 @@ def _input_gradient(
     if strides[1] == 1 and (out is None or channels_lie_together(out)):
         # Maps of one position, as a pooling's gradient may be, lie in either layout: a copy costs little.
         g = laid(gz, True) if len(shape) == 4 else gz
-        if winograd.suits(g, weight, run.geometry):
+        if winograd.suits(g, weight, run.geometry, transposed=True):
             padding = run.geometry.padding
-            return winograd.convolve(
-                g, weight, padding, transposed=True, out=out, buffers=run.memory
-            )
+            return winograd.convolve(g, weight, padding, transposed=True, out=out, buffers=run.memory)
     gx = input_gradient(gz, weight, torch.Size((len(gz), *shape[1:])), strides, run.geometry)
     return gx if out is None else out.copy_(gx)
 

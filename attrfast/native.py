@@ -125,7 +125,7 @@ class CpuBackend(LaunchingBackend):
         """Floats of scratch that `winograd` needs."""
         size = tuple(x.shape[2:])
         shape = len(x), size, x.shape[1], channels, tuple(padding)
-        return int(_native.winograd_floats(*shape, torch.get_num_threads()))
+        return _native.winograd_floats(*shape, torch.get_num_threads())
 
     def winograd(
         self,

@@ -19,8 +19,8 @@ ENABLED = True  # benchmarks and tests turn it off to compare
 LARGE = 8 << 20  # bytes from which a tensor lies in buffers, whose smallest block is a huge page
 
 
-def suits(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether a convolution of x, or the input's gradient from x, is one for this kernel."""
+def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = False) -> bool:
+    """Whether `convolve` takes a convolution, and is faster than the library; arguments as there."""
     stride, padding, dilation, groups = geometry
     return (
         ENABLED
@@ -34,13 +34,26 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and channels_lie_together(x)
         and not torch.is_autocast_enabled(x.device.type)
         and backend_for(x.device).has_winograd
-        and _pays(x, weight)
+        and _pays(
+            x.shape[1], weight.shape[1 if transposed else 0], len(x), *_sizes(x, padding, transposed)
+        )
     )
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether it is faster, by the measurements in docs/kernels.md."""
-    return min(weight.shape[:2]) >= 16 and x.numel() > 0
+def _pays(reads: int, makes: int, samples: int, rows: int, columns: int) -> bool:
+    """Whether it is faster than the library's, by the measurements in docs/kernels.md.
+
+    A 2x2 tile of outputs costs two transforms besides its products, so there must be channels enough to pay
+    for them, tiles enough to pay for the weight's, and no tile of one output alone.
+    """
+    tiles = samples * -(-rows // 2) * -(-columns // 2)
+    return reads >= 24 and makes >= 16 and min(rows, columns) >= 2 and tiles >= 8
+
+
+def _sizes(x: Tensor, padding: list[int], transposed: bool) -> list[int]:
+    """Rows and columns of what a convolution of x makes."""
+    grown = [2 - p for p in padding] if transposed else padding
+    return [n + 2 * p - 2 for n, p in zip(x.shape[2:], grown, strict=True)]
 
 
 def convolve(
@@ -69,24 +82,20 @@ def convolve(
     Returns:
         (N, C, H, W), channels-last.
     """
-    if transposed:
-        padding = [2 - p for p in padding]
     channels = weight.shape[1 if transposed else 0]
     if out is None:
-        rows, columns = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True))
+        rows, columns = _sizes(x, padding, transposed)
         shape = len(x), channels, rows, columns
         strides = rows * columns * channels, 1, columns * channels, channels
         if buffers is not None and 4 * torch.Size(shape).numel() > LARGE:
             out = buffers.empty(shape, strides, x.dtype)
         else:
             out = torch.empty_strided(shape, strides, dtype=x.dtype)
+    if transposed:
+        padding = [2 - p for p in padding]
     backend = backend_for(x.device)
     floats = backend.winograd_floats(x, channels, padding)
-    scratch = (
-        torch.empty(floats)
-        if buffers is None
-        else buffers.empty((floats,), (1,), torch.float32)
-    )
+    scratch = torch.empty(floats) if buffers is None else buffers.empty((floats,), (1,), torch.float32)
     other = None if residual is None else laid(residual, True)
     backend.winograd(x, weight, padding, transposed, scale, shift, other, lower, upper, out, scratch)
     return out

@@ -29,17 +29,28 @@ static inline Vector load_vector(const float* from) {
 
 static inline void store_vector(float* to, Vector v) { __builtin_memcpy(to, &v, sizeof v); }
 
-// The first `count` lanes; the others are zero.
+// The first `count` lanes; the others are zero, or left alone. Loops tell whole vectors apart (kWhole), so
+// that nothing is decided within them.
+template <bool kWhole>
 static inline Vector load_lanes(const float* from, int64_t count) {
-  if (count >= kLanes) return load_vector(from);
+  if (kWhole) return load_vector(from);
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << larger(0, count)) - 1), from);
+#else
   Vector v = {};
   for (int64_t i = 0; i < count; ++i) v[i] = from[i];
   return v;
+#endif
 }
 
+template <bool kWhole>
 static inline void store_lanes(float* to, Vector v, int64_t count) {
-  if (count >= kLanes) return store_vector(to, v);
+  if (kWhole) return store_vector(to, v);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << larger(0, count)) - 1), v);
+#else
   for (int64_t i = 0; i < count; ++i) to[i] = v[i];
+#endif
 }
 
 // Exchanges the rows and columns of a square of vectors: blocks of half the size, then of a quarter, ...
@@ -106,24 +117,25 @@ static void transform_weight(const Winograd& op, const WinogradPlan& plan, int64
   const int64_t width = plan.width(panel), plane = plan.u_plane;
   Vector taps[9][2][kLanes];  // [tap][vector of output channels][input channel]
   const int64_t out0 = panel * kPanel, in0 = in_vector * kLanes;
-  const int64_t outs = smaller(width, op.channels_out - out0), ins = smaller(kLanes, op.channels_in - in0);
+  const int64_t outs = smaller(width, op.channels_out - out0),
+                ins = smaller(kLanes, op.channels_in - in0);
   const float* const w = op.weight + out0 * op.weight_out + in0 * op.weight_in;
   for (int64_t t = 0; t < 9; ++t) {
-    const float* from = w + (op.flipped ? 8 - t : t) * op.weight_tap;
     for (int64_t o = 0; o < width; o += kLanes) {
+      const float* from = w + (op.flipped ? 8 - t : t) * op.weight_tap + o * op.weight_out;
       Vector* const to = taps[t][o / kLanes];
-      if (op.weight_out == 1) {
-        for (int64_t i = 0; i < kLanes; ++i)
-          to[i] = i < ins ? load_lanes(from + i * op.weight_in + o, outs - o) : Vector{};
-      } else if (op.weight_in == 1) {
-        for (int64_t i = 0; i < kLanes; ++i)
-          to[i] = o + i < outs ? load_lanes(from + (o + i) * op.weight_out, ins) : Vector{};
-        transpose(to);
+      if (op.weight_in == 1 && ins == kLanes && outs - o >= kLanes) {
+        Vector square[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) square[i] = load_vector(from + i * op.weight_out);
+        transpose(square);
+        for (int64_t i = 0; i < kLanes; ++i) to[i] = square[i];
+      } else if (op.weight_out == 1 && ins == kLanes && outs - o >= kLanes) {
+        for (int64_t i = 0; i < kLanes; ++i) to[i] = load_vector(from + i * op.weight_in);
       } else {
         for (int64_t i = 0; i < kLanes; ++i) {
           to[i] = Vector{};
           for (int64_t j = 0; i < ins && j < smaller(kLanes, outs - o); ++j)
-            to[i][j] = from[i * op.weight_in + (o + j) * op.weight_out];
+            to[i][j] = from[i * op.weight_in + j * op.weight_out];
         }
       }
     }
@@ -151,7 +163,30 @@ static void transform_weight(const Winograd& op, const WinogradPlan& plan, int64
   }
 }
 
-// V[16][vector of channels][tile][channel of the vector] = B' d B for one tile.
+template <bool kWhole>
+static inline void transform_input_vector(const float* const (&from)[4][4], int64_t c, int64_t count,
+                                          int64_t plane, float* v) {
+  Vector half[4][4];
+  for (int64_t x = 0; x < 4; ++x) {
+    const Vector a = load_lanes<kWhole>(from[0][x] + c, count),
+                 b = load_lanes<kWhole>(from[1][x] + c, count),
+                 d = load_lanes<kWhole>(from[2][x] + c, count),
+                 e = load_lanes<kWhole>(from[3][x] + c, count);
+    half[0][x] = a - d;
+    half[1][x] = b + d;
+    half[2][x] = d - b;
+    half[3][x] = b - e;
+  }
+  for (int64_t y = 0; y < 4; ++y, v += 4 * plane) {
+    store_vector(v, half[y][0] - half[y][2]);
+    store_vector(v + plane, half[y][1] + half[y][2]);
+    store_vector(v + 2 * plane, half[y][2] - half[y][1]);
+    store_vector(v + 3 * plane, half[y][1] - half[y][3]);
+  }
+}
+
+// V[16][vector of channels][tile][channel of the vector] = B' d B for one tile; v is the block's, the tile
+// lies at `place`.
 static inline void transform_input(const Winograd& op, const WinogradPlan& plan, int64_t tile,
                                    int64_t place, const float* zeros, float* v) {
   const int64_t across = tile % plan.tiles_across, rest = tile / plan.tiles_across;
@@ -161,28 +196,16 @@ static inline void transform_input(const Winograd& op, const WinogradPlan& plan,
   for (int64_t y = 0; y < 4; ++y) {
     for (int64_t x = 0; x < 4; ++x) {
       const bool inside = y0 + y >= 0 && y0 + y < op.h && x0 + x >= 0 && x0 + x < op.w;
-      from[y][x] =
-          inside ? op.x + ((n * op.h + y0 + y) * op.w + x0 + x) * op.channels_in : zeros;
+      from[y][x] = inside ? op.x + ((n * op.h + y0 + y) * op.w + x0 + x) * op.channels_in : zeros;
     }
   }
   for (int64_t i = 0; i < plan.in_vectors; ++i) {
     const int64_t c = i * kLanes, count = op.channels_in - c;
-    Vector half[4][4];
-    for (int64_t x = 0; x < 4; ++x) {
-      const Vector a = load_lanes(from[0][x] + c, count), b = load_lanes(from[1][x] + c, count),
-                   d = load_lanes(from[2][x] + c, count), e = load_lanes(from[3][x] + c, count);
-      half[0][x] = a - d;
-      half[1][x] = b + d;
-      half[2][x] = d - b;
-      half[3][x] = b - e;
-    }
-    float* to = v + (i * plan.block + place) * kLanes;
-    for (int64_t y = 0; y < 4; ++y) {
-      store_vector(to, half[y][0] - half[y][2]);
-      store_vector(to + plan.v_plane, half[y][1] + half[y][2]);
-      store_vector(to + 2 * plan.v_plane, half[y][2] - half[y][1]);
-      store_vector(to + 3 * plan.v_plane, half[y][1] - half[y][3]);
-      to += 4 * plan.v_plane;
+    float* const to = v + (i * plan.block + place) * kLanes;
+    if (count >= kLanes) {
+      transform_input_vector<true>(from, c, count, plan.v_plane, to);
+    } else {
+      transform_input_vector<false>(from, c, count, plan.v_plane, to);
     }
   }
 }
@@ -211,42 +234,52 @@ static inline void multiply_rows(int64_t rows, const float* v, int64_t v_step, c
   if constexpr (R > 1) multiply_rows<S, R - 1>(rows, v, v_step, u, in_vectors, m);
 }
 
-// y = A' M A for one tile and one panel of output channels.
+// One vector of output channels of a tile; `place` is that of its first output, of which there are `rows`
+// by `columns`.
+template <bool kWhole>
+static inline void transform_output_vector(const Winograd& op, const WinogradPlan& plan, int64_t place,
+                                           int64_t rows, int64_t columns, int64_t channel,
+                                           const float* m) {
+  const int64_t count = op.channels_out - channel;
+  const Vector lower = Vector{} + op.lower, upper = Vector{} + op.upper;
+  const Vector scale = op.scale ? load_lanes<kWhole>(op.scale + channel, count) : Vector{};
+  const Vector shift = op.shift ? load_lanes<kWhole>(op.shift + channel, count) : Vector{};
+  Vector half[2][4];
+  for (int64_t x = 0; x < 4; ++x, m += plan.m_plane) {
+    const Vector a = load_vector(m), b = load_vector(m + 4 * plan.m_plane),
+                 c = load_vector(m + 8 * plan.m_plane), d = load_vector(m + 12 * plan.m_plane);
+    half[0][x] = a + b + c;
+    half[1][x] = b - c - d;
+  }
+  for (int64_t y = 0; y < 2; ++y) {
+    const Vector* h = half[y];
+    const Vector both[2] = {h[0] + h[1] + h[2], h[1] - h[2] - h[3]};
+    for (int64_t x = 0; x < 2; ++x) {
+      if (y >= rows || x >= columns) continue;
+      const int64_t at = place + (y * plan.columns + x) * op.channels_out + channel;
+      Vector v = both[x];
+      if (op.scale) v *= scale;
+      if (op.shift) v += shift;
+      if (op.residual) v += load_lanes<kWhole>(op.residual + at, count);
+      v = v < lower ? lower : v;  // comparisons with NaN are false, so NaN stays
+      v = v > upper ? upper : v;
+      store_lanes<kWhole>(op.y + at, v, count);
+    }
+  }
+}
+
+// y = A' M A for one tile and one panel of output channels, and what is made of y on the way.
 static inline void transform_output(const Winograd& op, const WinogradPlan& plan, int64_t tile,
                                     int64_t channel, int64_t width, const float* m) {
   const int64_t across = tile % plan.tiles_across, rest = tile / plan.tiles_across;
   const int64_t n = rest / plan.tiles_down, down = rest % plan.tiles_down;
   const int64_t rows = smaller(2, plan.rows - 2 * down), columns = smaller(2, plan.columns - 2 * across);
-  const Vector lower = Vector{} + op.lower, upper = Vector{} + op.upper;
-  const int64_t first =
-      ((n * plan.rows + 2 * down) * plan.columns + 2 * across) * op.channels_out + channel;
+  const int64_t place = ((n * plan.rows + 2 * down) * plan.columns + 2 * across) * op.channels_out;
   for (int64_t o = 0; o < width; o += kLanes) {
-    const int64_t count = op.channels_out - channel - o;
-    const Vector scale = op.scale ? load_lanes(op.scale + channel + o, count) : Vector{};
-    const Vector shift = op.shift ? load_lanes(op.shift + channel + o, count) : Vector{};
-    Vector half[2][4];
-    for (int64_t x = 0; x < 4; ++x) {
-      const Vector a = load_vector(m + o + x * plan.m_plane),
-                   b = load_vector(m + o + (4 + x) * plan.m_plane),
-                   c = load_vector(m + o + (8 + x) * plan.m_plane),
-                   d = load_vector(m + o + (12 + x) * plan.m_plane);
-      half[0][x] = a + b + c;
-      half[1][x] = b - c - d;
-    }
-    for (int64_t y = 0; y < 2; ++y) {
-      const Vector* h = half[y];
-      const Vector both[2] = {h[0] + h[1] + h[2], h[1] - h[2] - h[3]};
-      for (int64_t x = 0; x < 2; ++x) {
-        if (y >= rows || x >= columns) continue;
-        const int64_t at = first + (y * plan.columns + x) * op.channels_out + o;
-        Vector v = both[x];
-        if (op.scale) v *= scale;
-        if (op.shift) v += shift;
-        if (op.residual) v += load_lanes(op.residual + at, count);
-        v = v < op.lower ? lower : v;  // comparisons with NaN are false, so NaN stays
-        v = v > op.upper ? upper : v;
-        store_lanes(op.y + at, v, count);
-      }
+    if (op.channels_out - channel - o >= kLanes) {
+      transform_output_vector<true>(op, plan, place, rows, columns, channel + o, m + o);
+    } else {
+      transform_output_vector<false>(op, plan, place, rows, columns, channel + o, m + o);
     }
   }
 }
