@@ -544,6 +544,7 @@ class PlanMode(CallMode):
         strides = x.stride() if _is_dense(x) else torch.empty(x.shape, device="meta").stride()
         run.x_like = x.shape, strides, x.dtype
         own = not isinstance(padding, str) and winograd.suits(x, weight, geometry)
+        own = own and (bias is None or bias.dtype == x.dtype)
         if own and "pool" not in run.stage.roles.values():
             run.own = _whole(x, weight, bias, geometry.padding, self.buffers)
             sizes = (n + 2 * p - 2 for n, p in zip(x.shape[2:], geometry.padding, strict=True))

@@ -26,7 +26,9 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = F
         ENABLED
         and x.dim() == 4
         and x.dtype == weight.dtype == torch.float32
+        and x.device == weight.device
         and weight.shape[2:] == (3, 3)
+        and weight.shape[0 if transposed else 1] == x.shape[1]
         and stride == dilation == [1, 1]
         and groups == 1
         and max(padding) <= 2
@@ -41,7 +43,7 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = F
 
 
 def _pays(reads: int, makes: int, samples: int, rows: int, columns: int) -> bool:
-    """Whether it is faster than the library's, by the measurements in docs/kernels.md.
+    """Whether it is faster than the library's, by the measurements in docs/winograd.md.
 
     A 2x2 tile of outputs costs two transforms besides its products, so there must be channels enough to pay
     for them, tiles enough to pay for the weight's, and no tile of one output alone.
@@ -96,6 +98,7 @@ def convolve(
     backend = backend_for(x.device)
     floats = backend.winograd_floats(x, channels, padding)
     scratch = torch.empty(floats) if buffers is None else buffers.empty((floats,), (1,), torch.float32)
+    scale, shift = (None if v is None else v.contiguous() for v in (scale, shift))
     other = None if residual is None else laid(residual, True)
     backend.winograd(x, weight, padding, transposed, scale, shift, other, lower, upper, out, scratch)
     return out
