@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from attrfast import ops
+from attrfast import ops, winograd
 from attrfast.buffers import Buffers
 from attrfast.convolution import Geometry, each, input_gradient
 from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import Plan
-from attrfast.layouts import channels_lie_together, empty_laid
+from attrfast.layouts import channels_lie_together, empty_laid, laid
 from attrfast.map_statistics import Counted
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.reference import compute_dtype
@@ -46,6 +46,7 @@ class _Run:
     Attributes:
         x: what the stage reads first.
         z: the memory that it works on: the convolution's output, or x itself.
+        own: makes the stage's output in one launch, given what `affine_relu` takes after z.
         measure: of the flow through its output (1), or through its own branch of the addition (2).
     """
 
@@ -69,6 +70,8 @@ class _Run:
         self.size: list[int] = []
         self.counted: Counted | None = None  # who wants to know what its ReLU leaves
         self.counts: list[Tensor] = []  # of each part, (N, C)
+        self.own: Callable[..., Tensor] | None = None
+        self.memory: Buffers | None = None
 
     @property
     def clamps(self) -> bool:
@@ -177,7 +180,7 @@ def _gradients(
         here = slice(start, start + step)
         mine = tuple(None if x is None else x[here] for x in saved)
         gz, g1, s = _backward(run, scale, mine, g[here], attribute)
-        gx[here] = _input_gradient(run, gz, folded)
+        _input_gradient(run, gz, folded, gx[here])
         sums.append(s)
         others.append(g1)
     flow = torch.cat(sums) if attribute or run.branch is not None else g
@@ -192,6 +195,12 @@ def _forward(run: _Run, residual: Tensor | None) -> tuple[Tensor, Tensor | None]
     assert z is not None
     run.z = run.x = run.residual = run.parts = None
     run.size = list(z.shape[2:])
+    if run.own is not None:
+        own, run.own = run.own, None
+        y = own(run.scale, run.shift, residual, run.lower, run.upper)
+        if run.counted is not None:
+            run.counts.append(ops.backend_for(y.device).count_nonzero(y))
+        return y, None
     if parts is None:
         return _forward_part(run, z, residual, None)
     out: Tensor | None = None
@@ -296,6 +305,36 @@ def _later(convolve: Callable[[Tensor], Tensor], x: Tensor, step: int) -> Iterat
         yield convolve(part)
 
 
+def _whole(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], buffers: Buffers | None
+) -> Callable[..., Tensor]:
+    """What makes a stage's output from its convolution's input, when it is asked for."""
+    version = x._version
+
+    def make(
+        scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, lower: float, upper: float
+    ) -> Tensor:
+        if x._version != version:
+            raise PlanMismatchError("the input of a convolution is written to before its output is read")
+        if bias is not None:
+            first = bias if scale is None else bias * scale
+            shift = first if shift is None else first + shift
+        with torch.no_grad():
+            return winograd.convolve(
+                x,
+                weight,
+                padding,
+                scale=scale,
+                shift=shift,
+                residual=residual,
+                lower=lower,
+                upper=upper,
+                buffers=buffers,
+            )
+
+    return make
+
+
 def _is_dense(g: Tensor) -> bool:
     """Whether every element of g has memory of its own (an expanded gradient has not)."""
     return g.is_contiguous() or (
@@ -306,7 +345,8 @@ def _is_dense(g: Tensor) -> bool:
     )
 
 
-def _input_gradient(run: _Run, gz: Tensor, scale: Tensor | None) -> Tensor:
+def _input_gradient(run: _Run, gz: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The gradient for what a stage's convolution read, into `out` if it is given."""
     assert run.x_like is not None
     assert run.geometry is not None
     assert run.weight is not None
@@ -314,7 +354,14 @@ def _input_gradient(run: _Run, gz: Tensor, scale: Tensor | None) -> Tensor:
     weight = run.weight
     if scale is not None:
         weight = (weight * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
-    return input_gradient(gz, weight, torch.Size((len(gz), *shape[1:])), strides, run.geometry)
+    if strides[1] == 1 and (out is None or channels_lie_together(out)):
+        # Maps of one position, as a pooling's gradient may be, lie in either layout: a copy costs little.
+        g = laid(gz, True) if len(shape) == 4 else gz
+        if winograd.suits(g, weight, run.geometry, transposed=True):
+            padding = run.geometry.padding
+            return winograd.convolve(g, weight, padding, transposed=True, out=out, buffers=run.memory)
+    gx = input_gradient(gz, weight, torch.Size((len(gz), *shape[1:])), strides, run.geometry)
+    return gx if out is None else out.copy_(gx)
 
 
 class PlanMode(CallMode):
@@ -401,6 +448,8 @@ class PlanMode(CallMode):
         if run is None:
             return x
         assert run.z is not None
+        if run.own is not None:
+            return run.own(run.scale, run.shift, None, run.lower, run.upper)
         parts = [run.z]
         if run.parts is not None:
             parts = list(run.parts)
@@ -505,12 +554,32 @@ class PlanMode(CallMode):
         bias = self.frozen.get(id(bias), bias)
         x = self._into(index, x)
 
+        geometry = Geometry(
+            each(stride, spatial),
+            [0] * spatial if isinstance(padding, str) else each(padding, spatial),
+            each(dilation, spatial),
+            int(groups),
+        )
+        run.weight, run.geometry, run.memory = weight, geometry, self.buffers
+        strides = x.stride() if _is_dense(x) else torch.empty(x.shape, device="meta").stride()
+        run.x_like = x.shape, strides, x.dtype
+        own = not isinstance(padding, str) and winograd.suits(x, weight, geometry)
+        own = own and (bias is None or bias.dtype == x.dtype)
+        if own and "pool" not in run.stage.roles.values():
+            run.own = _whole(x, weight, bias, geometry.padding, self.buffers)
+            sizes = (n + 2 * p - 2 for n, p in zip(x.shape[2:], geometry.padding, strict=True))
+            run.x, run.z = x, x.new_empty(()).expand(len(x), len(weight), *sizes)
+            return
+
         def convolve(part: Tensor) -> Tensor:
             with torch.no_grad():
+                if own:
+                    return winograd.convolve(
+                        part, weight, geometry.padding, shift=bias, buffers=self.buffers
+                    )
                 z: Tensor = func(part, weight, bias, stride, padding, dilation, groups)
                 return z
 
-        run.weight = weight
         shape = self.plan.shapes[self.plan.calls[index].outputs[0]]
         step = len(x)
         if self.buffers is not None and x.dim() == spatial + 2 and index != run.stage.last:
@@ -521,14 +590,6 @@ class PlanMode(CallMode):
             run.parts = itertools.chain([z], _later(convolve, x, step))
             z = z.new_empty(()).expand(len(x), *z.shape[1:])
         run.weight = weight.to(z.dtype)
-        run.geometry = Geometry(
-            each(stride, spatial),
-            [0] * spatial if isinstance(padding, str) else each(padding, spatial),
-            each(dilation, spatial),
-            int(groups),
-        )
-        strides = x.stride() if _is_dense(x) else torch.empty(x.shape, device="meta").stride()
-        run.x_like = x.shape, strides, x.dtype
         run.x, run.z = x, z
 
     def _start(self, run: _Run, index: int, x: Tensor) -> None:

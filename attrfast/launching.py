@@ -53,6 +53,7 @@ class LaunchingBackend(ABC):
     """
 
     name: ClassVar[str]
+    has_winograd: ClassVar[bool] = False  # whether it convolves by `attrfast.winograd`
 
     @abstractmethod
     def check_device(self, kind: str) -> None:

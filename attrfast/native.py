@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from attrfast import _native
@@ -16,6 +18,7 @@ class CpuBackend(LaunchingBackend):
     """The ops of `attrfast.reference`, by the native kernels."""
 
     name = "cpu"
+    has_winograd = True
 
     def check_device(self, kind: str) -> None:
         if kind != "cpu":
@@ -118,6 +121,46 @@ class CpuBackend(LaunchingBackend):
     def _attribution(self, x: Tensor, last: bool, g: Tensor | None, s: Tensor, absolute: bool) -> None:
         _native.attribution(
             *shape_of(x, last), *map(pointer, (x, g, s)), absolute, torch.get_num_threads()
+        )
+
+    def winograd_floats(self, x: Tensor, channels: int, padding: Sequence[int]) -> int:
+        """Floats of scratch that `winograd` needs."""
+        size = tuple(x.shape[2:])
+        shape = len(x), size, x.shape[1], channels, tuple(padding)
+        return _native.winograd_floats(*shape, torch.get_num_threads())
+
+    def winograd(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        padding: Sequence[int],
+        transposed: bool,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        lower: float,
+        upper: float,
+        y: Tensor,
+        scratch: Tensor,
+    ) -> None:
+        """See `attrfast.winograd.convolve`; fills y, which lies channels-last as all others do."""
+        reads, makes = (0, 1) if transposed else (1, 0)
+        _native.winograd(
+            len(x),
+            tuple(x.shape[2:]),
+            weight.shape[reads],
+            weight.shape[makes],
+            tuple(padding),
+            x.data_ptr(),
+            weight.data_ptr(),
+            weight.stride(makes),
+            weight.stride(reads),
+            weight.stride(3),
+            transposed,
+            *map(pointer, (scale, shift, residual, y, scratch)),
+            lower,
+            upper,
+            torch.get_num_threads(),
         )
 
     def segment_normalize(self, theta: Tensor, offsets: Tensor, kind: str) -> Tensor:

@@ -15,6 +15,7 @@ class ReferenceBackend:
     """The ops by their definitions; the in-place forms copy the result back."""
 
     name = "reference"
+    has_winograd = False
     affine_relu_backward = staticmethod(reference.affine_relu_backward)
     affine_add_relu_backward = staticmethod(reference.affine_add_relu_backward)
     affine_relu_max_pool = staticmethod(reference.affine_relu_max_pool)

@@ -91,6 +91,21 @@ struct SegmentNormalize {
   Norm kind;
 };
 
+// y = clamp(conv(x, weight) * scale + shift + residual, lower, upper), 3x3 with stride 1, channels-last, in
+// float. Null means 1, 0 and 0; y may be residual.
+// Weight element (o, i, tap) lies at o * weight_out + i * weight_in + tap * weight_tap; flipped reads tap
+// 8 - tap in its place, which with in and out exchanged is the input gradient. scratch holds
+// winograd_floats() floats.
+struct Winograd {
+  const float *x, *weight, *scale, *shift, *residual;
+  float *y, *scratch;
+  int64_t n, h, w, channels_in, channels_out;
+  int64_t padding[2];
+  int64_t weight_out, weight_in, weight_tap;
+  bool flipped;
+  float lower, upper;
+};
+
 // One set of kernels, compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -102,6 +117,8 @@ struct Kernels {
   void (*affine_relu_max_pool_backward)(Dtype, const Shape&, const Pool&,
                                         const AffineReluMaxPoolBackward&, int threads);
   void (*segment_normalize)(Dtype, const SegmentNormalize&, int threads);
+  void (*winograd)(const Winograd&, int threads);
+  int64_t (*winograd_floats)(const Winograd&, int threads);
 };
 
 const Kernels* baseline_kernels();

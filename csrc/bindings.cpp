@@ -114,6 +114,34 @@ void segment_normalize(int dtype, Address theta, Address offsets, int64_t segmen
                             threads);
 }
 
+Winograd winograd_of(int64_t n, Two input, int64_t channels_in, int64_t channels_out, Two padding) {
+  Winograd op = {};
+  op.n = n, op.h = input.first, op.w = input.second;
+  op.channels_in = channels_in, op.channels_out = channels_out;
+  op.padding[0] = padding.first, op.padding[1] = padding.second;
+  return op;
+}
+
+int64_t winograd_floats(int64_t n, Two input, int64_t channels_in, int64_t channels_out, Two padding,
+                        int threads) {
+  return chosen->winograd_floats(winograd_of(n, input, channels_in, channels_out, padding), threads);
+}
+
+void winograd(int64_t n, Two input, int64_t channels_in, int64_t channels_out, Two padding, Address x,
+              Address weight, int64_t weight_out, int64_t weight_in, int64_t weight_tap, bool flipped,
+              Address scale, Address shift, Address residual, Address y, Address scratch, double lower,
+              double upper, int threads) {
+  Winograd op = winograd_of(n, input, channels_in, channels_out, padding);
+  op.x = static_cast<const float*>(in(x)), op.weight = static_cast<const float*>(in(weight));
+  op.weight_out = weight_out, op.weight_in = weight_in, op.weight_tap = weight_tap;
+  op.flipped = flipped;
+  op.scale = static_cast<const float*>(in(scale)), op.shift = static_cast<const float*>(in(shift));
+  op.residual = static_cast<const float*>(in(residual));
+  op.lower = static_cast<float>(lower), op.upper = static_cast<float>(upper);
+  op.y = static_cast<float*>(out(y)), op.scratch = static_cast<float*>(out(scratch));
+  chosen->winograd(op, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -136,6 +164,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("affine_relu_max_pool", &affine_relu_max_pool, unlocked);
   m.def("affine_relu_max_pool_backward", &affine_relu_max_pool_backward, unlocked);
   m.def("segment_normalize", &segment_normalize, unlocked);
+  m.def("winograd", &winograd, unlocked);
+  m.def("winograd_floats", &winograd_floats);
 #ifdef ATTRFAST_WITH_CUDA
   py::module_ cuda = m.def_submodule("cuda", "Launches of attrfast's CUDA kernels over raw pointers.");
   attrfast::cuda::bind(cuda);

@@ -3,6 +3,10 @@
 //
 // Everything lives in that namespace and nothing comes from the standard library's templates, because
 // the linker keeps one copy of an inline function and could pick one the processor can't run.
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 
 #include "../attribution.h"
@@ -290,6 +294,7 @@ static void attribution_typed(const Shape& shape, const Attribution& op, int thr
 
 #include "max_pool.inl"
 #include "normalize.inl"
+#include "winograd.inl"
 
 // -- dispatch ---------------------------------------------------------------------------------------
 
@@ -367,9 +372,11 @@ static void segment_normalize(Dtype dtype, const SegmentNormalize& op, int threa
   ATTRFAST_BY_DTYPE(dtype, (segment_normalize_typed<T>(op, threads)))
 }
 
-static const Kernels kernels = {ATTRFAST_ISA_NAME, affine_relu,          affine_relu_backward,
-                                attribution,       affine_relu_max_pool, affine_relu_max_pool_backward,
-                                segment_normalize};
+static const Kernels kernels = {ATTRFAST_ISA_NAME,    affine_relu,
+                                affine_relu_backward, attribution,
+                                affine_relu_max_pool, affine_relu_max_pool_backward,
+                                segment_normalize,    winograd,
+                                winograd_floats};
 
 }  // namespace ATTRFAST_ISA
 }  // namespace attrfast
