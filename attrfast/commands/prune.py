@@ -37,6 +37,17 @@ def prune(
     keep_ratio: Annotated[float | None, typer.Option(help="Stop at this share of the filters.")] = None,
     max_macs: _Share = None,
     max_params: _Share = None,
+    max_latency: Annotated[
+        str | None,
+        typer.Option(help="Stop at this share of the measured latency (`0.5x`), or time (`12ms`)."),
+    ] = None,
+    latency_input: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images in a pass that is timed.", show_default="one"),
+    ] = None,
+    latency_device: Annotated[
+        str | None, typer.Option(help="Time there.", show_default="as --device")
+    ] = None,
     max_accuracy_drop: Annotated[
         float | None, typer.Option(help="Stop before top-1 has fallen by more (0.01 is one point).")
     ] = None,
@@ -90,6 +101,9 @@ def prune(
         keep_ratio=keep_ratio,
         max_macs=options.share_or_count(max_macs),
         max_params=options.share_or_count(max_params),
+        max_latency=max_latency,
+        latency_input=latency_input,
+        latency_device=latency_device,
         max_accuracy_drop=max_accuracy_drop,
         step=step,
         finetune=finetune,

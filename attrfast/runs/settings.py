@@ -44,6 +44,9 @@ class PruneSettings:
     keep_ratio: float | None = None
     max_macs: float | None = None
     max_params: float | None = None
+    max_latency: str | None = None
+    latency_input: int | None = None
+    latency_device: str | None = None
     max_accuracy_drop: float | None = None
     step: int | None = None
     finetune: int = 1
@@ -85,6 +88,7 @@ class PruneSettings:
             self.keep_ratio,
             self.max_macs,
             self.max_params,
+            self.max_latency,
             self.max_accuracy_drop,
             needed=not rule.trains,
         )
