@@ -204,7 +204,8 @@ def _count_elementwise(module: Any, dtype: torch.dtype, out: dict[str, Run]) -> 
                 {"z": a, "scale": vector, "shift": vector, "count": True},
             ),
             ("BackwardOp<{t}>", "affine_relu_backward", {"a": a, "g": g, "scale": vector}),
-            ("AttributionOp<{t}>", "attribution", {"x": a, "g": g}),
+            ("AttributionOp<{t}, false>", "attribution", {"x": a, "g": g}),
+            ("AttributionOp<{t}, true>", "count_nonzero", {"x": a}),
         ):
             kernel = path.format(op=op.format(t=TYPES[dtype]))
             _count(module, kernel, method, args, _words(shape, last), out, aligned=shape[1] != 37)
