@@ -232,8 +232,8 @@ def _count_poolings(module: Any, dtype: torch.dtype, out: dict[str, Run]) -> Non
             p, code, _ = backend.affine_relu_max_pool(**args)
             for count, name in ((False, "false"), (True, "true")):
                 counting = {**args, "count": count}
-                kernel = f"pool_{form}, {name}>"
-                _count(module, kernel, "affine_relu_max_pool", counting, words, out, aligned)
+                symbol = f"pool_{form}, {name}>"
+                _count(module, symbol, "affine_relu_max_pool", counting, words, out, aligned)
             args = {"p": p, "code": code, "g": p.clone(), "scale": vector, "size": shape[2:], **geometry}
             name = f"pool_backward_{form}>"
             _count(module, name, "affine_relu_max_pool_backward", args, words, out, aligned)
