@@ -104,10 +104,6 @@ def affine_relu_columns(
     channels = units.to(tl.int64) * UNIT
     c = tl.arange(0, WIDTH)
     is_channel = c < channels - c0
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
-    if shift_ptr is not None:
-        shift = tl.load(shift_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
     count = tl.zeros([HEIGHT, WIDTH], WIDE)
     steps = 1 if count_ptr is None else steps_down(positions, piece, HEIGHT, STEPS)
     for step in range(steps):
@@ -115,10 +111,11 @@ def affine_relu_columns(
         inside = (p < positions)[:, None] & is_channel[None, :]
         offset = (sample * positions + p)[:, None] * channels + c0 + c[None, :]
         y = tl.load(z_ptr + offset, mask=inside, other=0.0).to(WIDE)
+        # Read at each step, from the cache: kept, they take registers that there are not.
         if scale_ptr is not None:
-            y = y * scale
+            y = y * tl.load(scale_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
         if shift_ptr is not None:
-            y = y + shift
+            y = y + tl.load(shift_ptr + c0 + c, mask=is_channel, other=0.0)[None, :]
         if residual_ptr is not None:
             y = y + tl.load(residual_ptr + offset, mask=inside, other=0.0).to(WIDE)
         y = clamped(y, LOWER, UPPER)

@@ -373,7 +373,9 @@ def affine_relu_max_pool(
 
     def run(config: Config, p: Tensor, code: Tensor) -> None:
         size: tuple[int, ...]
-        config = scaled(config, z.dtype, 2 if pool.pairs or last else 4)
+        # A count takes registers, in float64 twice as many.
+        light = pool.pairs or (last and not (count is not None and z.dtype == torch.float64))
+        config = scaled(config, z.dtype, 2 if light else 4)
         pointers = z, scale, shift, p, code, sums
         if last:
             cut = columns if count is not None else flat_columns(n * windows, c, config.elements)

@@ -204,7 +204,8 @@ def _count_elementwise(module: Any, dtype: torch.dtype, out: dict[str, Run]) -> 
                 {"z": a, "scale": vector, "shift": vector, "count": True},
             ),
             ("BackwardOp<{t}>", "affine_relu_backward", {"a": a, "g": g, "scale": vector}),
-            ("AttributionOp<{t}>", "attribution", {"x": a, "g": g}),
+            ("AttributionOp<{t}, false>", "attribution", {"x": a, "g": g}),
+            ("AttributionOp<{t}, true>", "count_nonzero", {"x": a}),
         ):
             kernel = path.format(op=op.format(t=TYPES[dtype]))
             _count(module, kernel, method, args, _words(shape, last), out, aligned=shape[1] != 37)
@@ -231,8 +232,8 @@ def _count_poolings(module: Any, dtype: torch.dtype, out: dict[str, Run]) -> Non
             p, code, _ = backend.affine_relu_max_pool(**args)
             for count, name in ((False, "false"), (True, "true")):
                 counting = {**args, "count": count}
-                kernel = f"pool_{form}, {name}>"
-                _count(module, kernel, "affine_relu_max_pool", counting, words, out, aligned)
+                symbol = f"pool_{form}, {name}>"
+                _count(module, symbol, "affine_relu_max_pool", counting, words, out, aligned)
             args = {"p": p, "code": code, "g": p.clone(), "scale": vector, "size": shape[2:], **geometry}
             name = f"pool_backward_{form}>"
             _count(module, name, "affine_relu_max_pool_backward", args, words, out, aligned)

@@ -12,8 +12,11 @@ void attribution(Dtype dtype, const Shape& shape, const Attribution& op, double*
                  const Queue& queue) {
   const bool aligned = all_aligned(op.x, op.g);
   by_dtype(dtype, [&](auto type) {
-    run_op<AttributionOp<Pointee<decltype(type)>>>({"attribution", dtype, shape}, op, op.s, scratch,
-                                                   aligned, queue);
+    using T = Pointee<decltype(type)>;
+    if (op.g)
+      run_op<AttributionOp<T, false>>({"attribution", dtype, shape}, op, op.s, scratch, aligned, queue);
+    else
+      run_op<AttributionOp<T, true>>({"count_nonzero", dtype, shape}, op, op.s, scratch, aligned, queue);
   });
 }
 

@@ -134,7 +134,7 @@ struct BackwardOp {
 
 // -- attribution ------------------------------------------------------------------------------------
 
-template <class T>
+template <class T, bool kNonzero>
 struct AttributionOp {
   using Type = T;
   using C = Compute<T>;
@@ -157,14 +157,13 @@ struct AttributionOp {
   __device__ void slot(int64_t at, const Part& part, const Channel*, C* flow) const {
     C left[V], right[V];
     load_slot<T, V>(x + at, part, left);
-    if (!g) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) flow[j] = counted<T>(left[j]);
-      return;
-    }
-    load_slot<T, V>(g + at, part, right);
+    if (!kNonzero) load_slot<T, V>(g + at, part, right);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
+      if (kNonzero) {
+        flow[j] = counted<T>(left[j]);
+        continue;
+      }
       const C product = left[j] * right[j];
       flow[j] = absolute && product < 0 ? -product : product;
     }

@@ -46,7 +46,7 @@ __device__ void tap_columns(const Op& op, const TapWork& tap, int64_t item, unsi
 
 template <class T>
 __device__ void tap_item(const TapWork& tap, int64_t item, bool absolute, unsigned char* shared) {
-  using Op = AttributionOp<T>;
+  using Op = AttributionOp<T, false>;
   using C = Compute<T>;
   const Op op({tap.x, tap.g, tap.s, absolute});
   C* s = static_cast<C*>(tap.s);
