@@ -144,7 +144,11 @@ def _finite(item: Any) -> Any:
 
 
 def _row(value: Any, where: str) -> dict[str, Any]:
-    return {k: math.nan if v is None else v for k, v in _mapping(value, where).items()}
+    # JSON knows no NaN: of a figure that every step has, null is one.
+    return {
+        k: math.nan if v is None and not k.startswith("latency") else v
+        for k, v in _mapping(value, where).items()
+    }
 
 
 def _form(value: Any, where: str) -> Form:

@@ -47,7 +47,8 @@ def narrowed(
     removed = torch.zeros(len(units), dtype=torch.bool)
     for layer in units.layers:
         free = [unit for unit in layer.units if units.frozen[unit] is None]
-        removed[free[keep(len(free)) :]] = True
+        if free:
+            removed[free[keep(len(free)) :]] = True
     smaller = copy.deepcopy(model).eval()
     cut(smaller, units, removed)
     return smaller, {name: ~removed[row] for name, row in units.filters.items()}

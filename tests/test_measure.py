@@ -107,6 +107,7 @@ def test_views_and_what_is_there_already_take_no_memory() -> None:
 
 
 def test_a_pruned_model_is_measured_against_its_original() -> None:
+    torch.manual_seed(0)
     model = lived_in(Plain()).train()
     result = pruned(model)
     assert result.original is model
