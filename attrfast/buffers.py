@@ -38,6 +38,7 @@ class Buffers:
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
         self._batch = 0
+        self._scratch = torch.empty(0)
 
     def next_batch(self) -> None:
         """Gives back what two batches had no use for, as where inputs change their size."""
@@ -62,13 +63,29 @@ class Buffers:
         # No view of it: autograd adds a gradient in place only to what has its memory for itself.
         return torch.empty(0, dtype=dtype).set_(memory, 0, shape, strides)  # type: ignore[call-overload, no-any-return]
 
+    def scratch(self, count: int) -> torch.Tensor:
+        """(count,) float32 of any values, until the next call: the same memory every time, which grows."""
+        if self._scratch.numel() < count:
+            self._scratch = torch.empty(0)  # given back before more is taken
+            self._scratch = torch.frombuffer(_pages(_rounded(4 * count)), dtype=torch.float32)
+        return self._scratch[:count]
+
     def _block(self, count: int) -> _Block:
-        size = -(-count // _HUGE) * _HUGE
+        size = _rounded(count)
         fitting = [b for b in self._blocks if size <= len(b.pages) <= _SPARE * size and b.free]
         if fitting:
             return min(fitting, key=lambda block: len(block.pages))
-        pages = mmap.mmap(-1, size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        self._blocks.append(_Block(pages, self._batch))
+        self._blocks.append(_Block(_pages(size), self._batch))
         return self._blocks[-1]
+
+
+def _rounded(count: int) -> int:
+    """Bytes of the huge pages that hold so many."""
+    return -(-count // _HUGE) * _HUGE
+
+
+def _pages(size: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages

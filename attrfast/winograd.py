@@ -97,7 +97,7 @@ def convolve(
         padding = [2 - p for p in padding]
     backend = backend_for(x.device)
     floats = backend.winograd_floats(x, channels, padding)
-    scratch = torch.empty(floats) if buffers is None else buffers.empty((floats,), (1,), torch.float32)
+    scratch = torch.empty(floats) if buffers is None else buffers.scratch(floats)
     scale, shift = (None if v is None else v.contiguous() for v in (scale, shift))
     other = None if residual is None else laid(residual, True)
     backend.winograd(x, weight, padding, transposed, scale, shift, other, lower, upper, out, scratch)
