@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from attrfast.errors import InputError
+from attrfast.files import copied, replace_file
 from attrfast.residual import ResidualBranch
 from attrfast.result import Step, row_from_json
 
@@ -76,7 +75,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     step = checkpoint.history[-1].step
     # The run's name keeps the last step of another run readable until this one's is whole.
     weights = folder / _WEIGHTS.format(run=checkpoint.fingerprint[:8], step=step)
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in checkpoint.weights.items()}
+    tensors = copied(checkpoint.weights)
     replace_file(weights, lambda path: save_file(tensors, path))
     state = {
         "fingerprint": checkpoint.fingerprint,
@@ -93,13 +92,6 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     for old in folder.glob("weights-*.safetensors"):
         if old.name != weights.name:
             old.unlink()
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` make a file beside its place, and moves it there: it is whole or not there."""
-    beside = path.with_name(path.name + ".part")
-    write(beside)
-    os.replace(beside, path)
 
 
 def load(folder: Path, expected: str) -> Checkpoint | None:

@@ -29,6 +29,7 @@ from attrfast.architecture import (
     tensors,
 )
 from attrfast.errors import InputError, ModelError
+from attrfast.files import copied
 from attrfast.recipe import Recipe
 
 RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
@@ -50,11 +51,7 @@ def save(
     shared = _shared(state)
     _require_describable(model, state)
     try:
-        held = {
-            name: tensor.detach().cpu().contiguous().clone()
-            for name, tensor in state.items()
-            if name not in shared
-        }
+        held = copied({name: t for name, t in state.items() if name not in shared})
         data = safetensors.torch.save(held)
     except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise ModelError(f"the model's tensors can't be written as safetensors: {error}") from error

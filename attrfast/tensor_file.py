@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from attrfast.checkpoint import replace_file
 from attrfast.errors import InputError
+from attrfast.files import copied, replace_file
 
 
 def write(path: str | Path, kind: str, tensors: Mapping[str, torch.Tensor], about: Any) -> Path:
@@ -32,7 +32,7 @@ def write(path: str | Path, kind: str, tensors: Mapping[str, torch.Tensor], abou
         InputError: the file can't be written.
     """
     path = Path(path)
-    held = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    held = copied(tensors)
     text = json.dumps(about, allow_nan=False)
     metadata = {"kind": kind, "about": text, "checksum": _checksum(held, text)}
     try:

@@ -110,7 +110,7 @@ def _table(scores: Any, lowest: int) -> str:
 def _write(out: Path, found: Any) -> None:
     from safetensors.torch import save_file
 
-    from attrfast.checkpoint import replace_file
+    from attrfast.files import replace_file
     from attrfast.runs.folder import scores_as_json
 
     if out.suffix == ".json":

@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from attrfast.checkpoint import replace_file
 from attrfast.compare.records import (
     Cell,
     CellKey,
@@ -27,6 +26,7 @@ from attrfast.compare.records import (
     cell_from_json,
     start_from_json,
 )
+from attrfast.files import copied, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Folder:
         """Writes the weights first: where the record is, they are."""
         path = self.start_path(start.key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
+        tensors = copied(weights)
         replace_file(path.with_suffix(".safetensors"), lambda beside: save_file(tensors, beside))
         write_json(path, as_json(start))
 

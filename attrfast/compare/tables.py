@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrfast.checkpoint import replace_file
 from attrfast.compare.comparison import ClassRow, Comparison, Row, Spread
 from attrfast.compare.files import write_json
 from attrfast.compare.published import Published, PublishedRow
 from attrfast.compare.records import as_json
+from attrfast.files import replace_file
 
 _NONE = "–"
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import platformdirs
 
-from attrfast.checkpoint import replace_file
 from attrfast.errors import InputError
+from attrfast.files import replace_file
 from attrfast.latency.law import Sample
 
 FORMAT, VERSION = "attrfast latency table", 1

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from attrfast.checkpoint import replace_file
 from attrfast.errors import InputError
+from attrfast.files import copied, replace_file
 from attrfast.map_pictures import ExtremeMaps
 from attrfast.runs.phases import Phase
 from attrfast.scores import Scores
@@ -109,7 +109,7 @@ class RunFolder:
             raise self._damaged(path.name, error) from error
 
     def save_start(self, state: dict[str, torch.Tensor]) -> None:
-        held = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+        held = copied(state)
         replace_file(self.root / "start.safetensors", lambda path: save_file(held, path))
 
     def maps(self) -> StoredMaps | None:
