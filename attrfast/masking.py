@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attrfast.signatures import bound_arguments
+from attrfast.signatures import bound_arguments, channel_dim
 from attrfast.trace import CONVOLUTIONS, CallMode
 from attrfast.units import Units, reader_weights
 
@@ -43,7 +43,7 @@ class masked(CallMode):  # noqa: N801 - read as a context: `with masked(...): mo
             x, weight, *rest = bound_arguments(name, args, kwargs)
             keep = self.keep.get(id(weight))
             if keep is not None:
-                dim = x.dim() - 1 if name == "linear" else x.dim() - int(name[-2]) - 1
+                dim = channel_dim(name, x)
                 shape = [1] * x.dim()
                 shape[dim] = len(keep)
                 x = torch.where(keep.view(shape), x, torch.zeros((), dtype=x.dtype, device=x.device))

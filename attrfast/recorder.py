@@ -34,6 +34,7 @@ from attrfast.passes import Tally
 from attrfast.recording import Flow, Link, MeasuringReLU, Reader, Readers, RecordedPass
 from attrfast.rows import rows
 from attrfast.scores import Scores, normalized
+from attrfast.signatures import channel_dim
 from attrfast.taps import Tap
 from attrfast.trace import CONVOLUTIONS, CallMode, is_inplace, shown, tensors_in
 from attrfast.units import Units, reader_weights
@@ -328,7 +329,7 @@ class _RecorderMode(CallMode):
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         if not isinstance(x, torch.Tensor):
             return func(*args, **kwargs)
-        dim = x.dim() - 1 if name == "linear" else x.dim() - int(name[-2]) - 1
+        dim = channel_dim(name, x)
         tapped = self.recorder.tapped(x, weight, dim)
         if args:
             return func(tapped, *args[1:], **kwargs)

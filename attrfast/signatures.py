@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 _SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
     "linear": (("bias", None),),
     **{
@@ -29,6 +31,12 @@ _SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
         for d in (1, 2, 3)
     },
 }
+
+
+def channel_dim(name: str, x: torch.Tensor) -> int:
+    """Which dimension holds the channels of what a convolution or linear call takes in or gives out."""
+    positions = 0 if name == "linear" else int(name[-2])
+    return x.dim() - positions - 1
 
 
 def bound_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

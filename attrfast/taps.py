@@ -17,7 +17,7 @@ from torch import nn
 from attrfast import ops
 from attrfast.convolution import Geometry, each, input_gradient
 from attrfast.matrix import Columns, ScoreMatrix
-from attrfast.signatures import batch_norm_arguments, bound_arguments
+from attrfast.signatures import batch_norm_arguments, bound_arguments, channel_dim
 from attrfast.stages import relu_ceiling
 from attrfast.trace import CONVOLUTIONS, CallMode, is_inplace
 
@@ -190,7 +190,7 @@ class TapMode(CallMode):
         reader = self.readers.get(id(weight))
         weight, *rest = (self._detached(item) for item in (weight, *rest))
         if reader is not None:
-            dim = x.dim() - 1 if name == "linear" else x.dim() - int(name[-2]) - 1
+            dim = channel_dim(name, x)
             x = Tap.apply(x, self.anchor, self.matrix, reader, dim, 1.0)
         elif x.requires_grad and name in ("conv1d", "conv2d", "conv3d"):
             out = _frozen_convolution(x, weight, rest, int(name[-2]))

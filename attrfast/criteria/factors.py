@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from attrfast.errors import ModelError
-from attrfast.signatures import batch_norm_arguments, bound_arguments
+from attrfast.signatures import batch_norm_arguments, bound_arguments, channel_dim
 from attrfast.trace import CONVOLUTIONS, CallMode
 from attrfast.units import Units, reader_weights
 
@@ -55,12 +55,11 @@ class scaled(CallMode):  # noqa: N801 - read as a context: `with scaled(...): mo
     ) -> Any:
         if name in CONVOLUTIONS or name == "linear":
             x, weight, *rest = bound_arguments(name, args, kwargs)
-            spatial = 0 if name == "linear" else int(name[-2])
             if id(weight) in self._inputs:
-                x = _multiplied(x, self._inputs[id(weight)], x.dim() - spatial - 1)
+                x = _multiplied(x, self._inputs[id(weight)], channel_dim(name, x))
             out = func(x, weight, *rest)
             if id(weight) in self._outputs:
-                out = _multiplied(out, self._outputs[id(weight)], out.dim() - spatial - 1)
+                out = _multiplied(out, self._outputs[id(weight)], channel_dim(name, out))
             return out
         out = func(*args, **kwargs)
         if name == "batch_norm":
