@@ -140,19 +140,8 @@ def kept_filters(result: Result, path: Path) -> None:
         axes.barh(rows, total, color=GONE, height=0.72, label="removed")
         axes.barh(rows, kept, color=KEPT, height=0.72, label="kept")
         for row, (left, whole) in enumerate(zip(kept, total, strict=True)):
-            axes.annotate(
-                f"{left} of {whole}",
-                (whole, row),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color=MUTED,
-                bbox=BLANK,
-            )
-        axes.set_yticks(rows, names, fontsize=8, color=INK)
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(names) - 0.4, -0.6)
+            _beside(axes, whole, row, f"{left} of {whole}")
+        _name_rows(axes, names)
         axes.set_xlim(0, 1.12 * max(total))
         axes.grid(visible=False, axis="y")
         axes.set_title(f"Filters kept: {sum(kept):,} of {sum(total):,}", pad=26)
@@ -194,8 +183,7 @@ def score_distributions(scores: LayerScores, path: Path) -> None:
             axes.set_xlabel("score")
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
-        before.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=8, color=INK)
-        before.set_ylim(len(layers) - 0.4, -0.6)
+        _name_rows(before, [layer.name for layer in layers])
 
 
 def class_accuracy(classes: Sequence[OfClass], path: Path) -> None:
@@ -219,9 +207,7 @@ def class_accuracy(classes: Sequence[OfClass], path: Path) -> None:
         axes.scatter(before, rows, color=MUTED, s=26, label="before", zorder=3)
         if any(row.after is not None for row in classes):
             axes.scatter(after, rows, color=KEPT, s=26, label="after", zorder=4)
-        axes.set_yticks(rows, [row.name for row in classes], fontsize=8, color=INK)
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(classes) - 0.4, -0.6)
+        _name_rows(axes, [row.name for row in classes])
         axes.set_title("Accuracy of every class", pad=26)
         axes.set_xlabel("top-1 on test images (%)")
         _legend(axes)
@@ -244,23 +230,34 @@ def time_and_memory(parts: Sequence[Spent], path: Path) -> None:
     with axes_for(path, 7.2, 1.3 + 0.34 * len(parts)) as axes:
         axes.barh(rows, [part.seconds for part in parts], color=KEPT, height=0.6)
         for row, part in enumerate(parts):
-            axes.annotate(
-                f"{part.seconds:.1f} s, {part.memory / 1e6:,.0f} MB",
-                (part.seconds, row),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color=MUTED,
-                bbox=BLANK,
-            )
-        axes.set_yticks(rows, [part.name for part in parts], color=INK)
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(parts) - 0.4, -0.6)
+            _beside(axes, part.seconds, row, f"{part.seconds:.1f} s, {part.memory / 1e6:,.0f} MB")
+        _name_rows(axes, [part.name for part in parts], fontsize=None)
         axes.set_xlim(0, 1.3 * max(part.seconds for part in parts))
         axes.grid(visible=False, axis="y")
         axes.set_title("Time, and the most memory at once")
         axes.set_xlabel("seconds")
+
+
+def _name_rows(axes: Axes, names: Sequence[str], fontsize: float | None = 8) -> None:
+    """Rows from the top down, one a name; None: of the size of other ticks."""
+    size: dict[str, Any] = {} if fontsize is None else {"fontsize": fontsize}
+    axes.set_yticks(range(len(names)), list(names), color=INK, **size)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _beside(axes: Axes, end: float, row: int, text: str) -> None:
+    """A figure behind the end of a row's bar."""
+    axes.annotate(
+        text,
+        (end, row),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        color=MUTED,
+        bbox=BLANK,
+    )
 
 
 def _legend(axes: Axes, **style: Any) -> None:
