@@ -227,6 +227,11 @@ def _check_whole(labels: torch.Tensor) -> None:
         raise InputError(f"labels must be whole numbers (int64), got {labels.dtype}")
 
 
+def preferred_device(asked: str | None) -> str:
+    """The device that was asked for, or else the one that a command runs on."""
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """The device to work on: the one asked for, or where the model is.
 

@@ -34,13 +34,14 @@ def bench(
     """
     import torch
 
+    from attrfast.batches import preferred_device
     from attrfast.benchmark import benchmark
     from attrfast.errors import InputError
 
     sizes = options.parts(shape, int, "--shape", "whole numbers with commas")
     if len(sizes) != 3 or min(sizes) < 1:
         raise InputError(f"--shape must be channels,height,width, got {shape!r}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(preferred_device(device))
     with interruptible("nothing was measured to the end"):
         found = benchmark(
             model,

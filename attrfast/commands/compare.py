@@ -155,9 +155,8 @@ def _run(
     progress: bool,
 ) -> int:
     """Compares and prints; returns how much failed."""
-    import torch
-
     from attrfast import names
+    from attrfast.batches import preferred_device
     from attrfast.compare import recipes, run
     from attrfast.compare.published import published
     from attrfast.errors import InputError
@@ -179,7 +178,7 @@ def _run(
         notes.append(f"Trained, scored and fine-tuned on {images} training images only.")
     if setting is not None:
         notes.append(f"Recipe {setting.name}: {setting.about}. {setting.cost()}.")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = preferred_device(device)
     comparison = run.compare(
         {name: names.network(name, splits) for name in wanted},
         opener,

@@ -42,8 +42,7 @@ def score(
     progress: options.Progress = True,
 ) -> None:
     """Score every filter of a network by the training images of a data set."""
-    import torch
-
+    from attrfast.batches import preferred_device
     from attrfast.engine import attribute, check_options
     from attrfast.names import NamedData
     from attrfast.runs.folder import scores_as_json
@@ -66,7 +65,7 @@ def score(
     with interruptible("nothing was written"):
         splits = NamedData(data, images, loader_workers, batch_size, image_size)(seed)
         network = built(model, splits, None if weights is None else str(weights), seed)
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = preferred_device(device)
         found = attribute(
             network.eval(), splits.train, rules, device=place, progress=progress, seed=seed, **settings
         )

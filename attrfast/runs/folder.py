@@ -176,11 +176,10 @@ def _extremes(row: dict[str, Any], maps: torch.Tensor) -> ExtremeMaps:
 
 def scores_as_json(scores: Scores) -> dict[str, Any]:
     """Scores as plain values: by layer one value a unit, and by convolution one value a filter."""
+    told = scores.to_dict()
+    filters = told.pop("scores")
     return {
-        "criterion": scores.criterion,
-        "reduction": scores.reduction,
-        "normalize": scores.normalize,
-        "samples": scores.samples,
+        **told,
         "layers": [
             {
                 "name": layer.name,
@@ -191,5 +190,5 @@ def scores_as_json(scores: Scores) -> dict[str, Any]:
             }
             for layer in scores.units.layers
         ],
-        "filters": {name: scores[name].tolist() for name in scores},
+        "filters": filters,
     }

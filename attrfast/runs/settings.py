@@ -76,13 +76,7 @@ class PruneSettings:
         if self.balance not in (None, "worst_class"):
             raise InputError(f"balance must be 'worst_class', got {self.balance!r}")
         rule, _ = check_options(
-            self.criterion,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            max_batches=self.score_batches,
-            microbatch=None,
-            by_class=self.balance is not None,
-            classes=self.classes,
+            self.criterion, **self.scoring, microbatch=None, by_class=self.balance is not None
         )
         Asked(
             self.keep_ratio,
@@ -95,6 +89,16 @@ class PruneSettings:
         for name in TABLES:
             self.training(name)
         return rule
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """What `attribute` and `prune` are asked for alike."""
+        return {
+            "normalize": self.normalize,
+            "reduction": self.reduction,
+            "max_batches": self.score_batches,
+            "classes": self.classes,
+        }
 
     def opener(self) -> NamedData:
         """What opens the data for a seed."""

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from attrfast.batches import unpack
+from attrfast.batches import preferred_device, unpack
 from attrfast.compare.loaders import measure
 from attrfast.compare.records import Measured
 from attrfast.criteria import Criterion
@@ -65,7 +65,7 @@ def carry_out(
     figures = folder.figures() or Figures(
         command=settings.command(str(folder.root)), environment=facts()
     )
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(preferred_device(settings.device))
     splits = settings.opener()(settings.seed)
     model = built(settings.model, splits, settings.weights, settings.seed).to(device)
     folder.begin(settings.to_toml())
@@ -107,11 +107,8 @@ def carry_out(
             val_loader=splits.val,
             finetune=settings.training("finetune"),
             final_finetune=settings.training("final_finetune") if settings.final_finetune else None,
-            normalize=settings.normalize,
-            reduction=settings.reduction,
-            max_batches=settings.score_batches,
+            **settings.scoring,
             device=device,
-            classes=settings.classes,
             balance=settings.balance,
             round_to=settings.round_to,
             min_filters=settings.min_filters,
@@ -194,11 +191,8 @@ def _look(
             model,
             splits.train,
             rule,
-            normalize=settings.normalize,
-            reduction=settings.reduction,
-            max_batches=settings.score_batches,
+            **settings.scoring,
             device=device,
-            classes=settings.classes,
             progress=progress,
             seed=settings.seed,
         )
