@@ -6,7 +6,6 @@ The benchmarks of the checkout wait for a quiet machine and compare with other p
 from __future__ import annotations
 
 import functools
-import io
 import math
 import statistics
 import time
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn import functional
@@ -32,6 +30,7 @@ from attrfast.errors import BackendError
 from attrfast.measure import device_name
 from attrfast.memory import peak
 from attrfast.names import network
+from attrfast.plain_text import as_text
 
 _KERNEL_SHAPE = (16, 64, 56, 56)
 _CLASSES = 10
@@ -72,9 +71,7 @@ class Benchmark:
 
     def summary(self) -> str:
         """Two tables."""
-        text = io.StringIO()
-        console = Console(file=text, width=112, color_system=None)
-        console.print(f"{self.device}, threads: {self.threads}, torch {self.torch}\n")
+        parts: list[Any] = [f"{self.device}, threads: {self.threads}, torch {self.torch}\n"]
         for title, rows in ((self.passes_title, self.passes), (self.kernels_title, self.kernels)):
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
             table.add_column("")
@@ -83,8 +80,8 @@ class Benchmark:
             for row in rows:
                 memory = "" if row.memory is None else f"{row.memory / 1e6:,.1f} MB"
                 table.add_row(row.name, f"{1000 * row.seconds:.2f} ms", f"{row.ratio:.2f}×", memory)
-            console.print(table)
-        return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+            parts.append(table)
+        return as_text(*parts, width=112)
 
 
 def benchmark(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import itertools
 import platform
 import statistics
@@ -18,13 +17,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from attrfast.batches import resolve_device, unpack
 from attrfast.errors import InputError, ModelError
 from attrfast.memory import peak
+from attrfast.plain_text import as_text
 from attrfast.rows import repeated
 from attrfast.trace import preserved, tensors_in
 
@@ -113,9 +112,7 @@ class Measurement:
                 _bytes(row.original.memory),
                 _bytes(row.pruned.memory),
             )
-        text = io.StringIO()
-        Console(file=text, width=112, color_system=None).print(table)
-        return text.getvalue().rstrip()
+        return as_text(table, width=112)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain values that JSON can hold; times in seconds, memory in bytes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from attrfast import saving
 from attrfast.errors import InputError
 from attrfast.measure import Measurement, in_words, measure
+from attrfast.plain_text import as_text
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,7 @@ class PruneResult:
                 *(_latency(row) if timed else ()),
                 f"{row.seconds_scoring:.1f}/{row.seconds_cutting:.1f}/{row.seconds_tuning:.1f} s",
             )
-        text = io.StringIO()
-        Console(file=text, width=132, color_system=None).print(table)
-        return text.getvalue().rstrip()
+        return as_text(table, width=132)
 
     def save(self, path: str | Path) -> Path:
         """Writes the pruned model: weights as safetensors, and a recipe to build the layers around them.

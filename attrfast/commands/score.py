@@ -81,11 +81,10 @@ def score(
 
 
 def _table(scores: Any, lowest: int) -> str:
-    import io
-
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from attrfast.plain_text import as_text
 
     seen = f"{scores.samples:,} images" if scores.samples else "weights alone"
     table = Table(title=f"{scores.criterion}: {seen}", title_justify="left", box=box.SIMPLE_HEAD)
@@ -101,9 +100,7 @@ def _table(scores: Any, lowest: int) -> str:
         row = [name + (" (stays whole)" if name in frozen else ""), str(len(values))]
         row += [f"{float(value):.3g}" for value in figures]
         table.add_row(*row, *([", ".join(map(str, order))] if lowest else []))
-    text = io.StringIO()
-    Console(file=text, width=112, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+    return as_text(table, width=112)
 
 
 def _write(out: Path, found: Any) -> None:
