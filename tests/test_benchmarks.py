@@ -18,6 +18,14 @@ LAYERS = {"features.0": 8, "features.3": 8, "features.7": 16, "features.10": 16}
 SCORING = ("hooks", "captum", "torch_pruning", "signed_batch", "attrfast (call tier)", "attrfast")
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """Benchmarks set the number of threads; tests after these must not see it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
@@ -71,11 +79,7 @@ def test_a_target_is_judged_by_ratios_within_quiet_rounds():
 
 
 def test_kernels_are_measured_beside_a_copy_and_their_peers():
-    threads = torch.get_num_threads()
-    try:
-        result = measure(rounds=1, patience=0, shape=(1, 8, 8, 8), say=lambda _: None)
-    finally:
-        torch.set_num_threads(threads)
+    result = measure(rounds=1, patience=0, shape=(1, 8, 8, 8), say=lambda _: None)
     assert all({OURS, COPY} < case["seconds"].keys() for case in result["cases"])
     assert len(result["targets"]) == 4
 
