@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from attrfast import gate_text
 from attrfast.errors import InputError
 from attrfast.files import copied, replace_file
 from attrfast.residual import ResidualBranch
@@ -81,10 +82,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "fingerprint": checkpoint.fingerprint,
         "weights": weights.name,
         "history": [dataclasses.asdict(row) for row in checkpoint.history],
-        "gates": {
-            name: "".join("1" if kept else "0" for kept in gate.tolist())
-            for name, gate in checkpoint.gates.items()
-        },
+        "gates": gate_text.to_text(checkpoint.gates),
         "taken": [dataclasses.asdict(branch) for branch in checkpoint.taken],
     }
     text = json.dumps(state, indent=1) + "\n"
@@ -92,6 +90,16 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     for old in folder.glob("weights-*.safetensors"):
         if old.name != weights.name:
             old.unlink()
+
+
+def progress(state: dict[str, Any]) -> tuple[list[Step], dict[str, torch.Tensor]]:
+    """The history and the gates in what stands in the file `STATE`.
+
+    Raises:
+        ValueError, KeyError, TypeError: something else stands there.
+    """
+    history = [row_from_json(row) for row in state["history"]]
+    return history, {name: gate_text.from_text(bits) for name, bits in state["gates"].items()}
 
 
 def load(folder: Path, expected: str) -> Checkpoint | None:
@@ -109,10 +117,7 @@ def load(folder: Path, expected: str) -> Checkpoint | None:
         if Path(name).name != name:
             raise ValueError(f"the weights {name!r} lie outside the folder")
         weights = load_file(folder / name)
-        history = [row_from_json(row) for row in state["history"]]
-        gates = {
-            name: torch.tensor([bit == "1" for bit in bits]) for name, bits in state["gates"].items()
-        }
+        history, kept = progress(state)
         taken = [
             ResidualBranch(row["owner"], row["last"], tuple(row["modules"])) for row in state["taken"]
         ]
@@ -123,4 +128,4 @@ def load(folder: Path, expected: str) -> Checkpoint | None:
             f"the checkpoint in {folder} belongs to another model or other settings; choose another "
             f"output_dir, or call with resume=False to start again"
         )
-    return Checkpoint(state["fingerprint"], history, gates, weights, taken)
+    return Checkpoint(state["fingerprint"], history, kept, weights, taken)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from attrfast import gate_text
 from attrfast.architecture import Form, outputs
 from attrfast.errors import InputError
 
@@ -64,7 +65,7 @@ class Recipe:
             "criterion": self.criterion,
             "stopped": self.stopped,
             "history": _finite(self.history),
-            "gates": {n: "".join("01"[kept] for kept in g.tolist()) for n, g in self.gates.items()},
+            "gates": gate_text.to_text(self.gates),
             "modules": {name: asdict(form) for name, form in self.modules.items()},
             "shared": self.shared,
             "weights": {"bytes": size, "sha256": digest},
@@ -165,7 +166,7 @@ def _gate(value: Any, where: str) -> torch.Tensor:
     text = _text(value, where)
     if not text or set(text) - {"0", "1"}:
         raise InputError(f"{where} must be made of 0 and 1, one for each filter, got {text[:40]!r}")
-    return torch.tensor([bit == "1" for bit in text])
+    return gate_text.from_text(text)
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

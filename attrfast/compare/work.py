@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attrfast import gate_text
 from attrfast.batches import resolve_device
 from attrfast.checkpoint import fingerprint
 from attrfast.compare.files import Folder
@@ -97,7 +98,7 @@ class Work:
                 before=start.measured,
                 after=measure(pruned.model, data.test, device, data.classes),
                 history=pruned.history,
-                gates=None if pruned.gates is None else _written(pruned.gates),
+                gates=None if pruned.gates is None else gate_text.to_text(pruned.gates),
                 epochs=pruned.epochs,
                 stopped=pruned.stopped,
                 warnings=tuple(dict.fromkeys(str(w.message) for w in caught)),
@@ -148,7 +149,7 @@ class Work:
         return train_from_scratch(
             self._untrained(key.start, random=True).to(footing.device),
             footing,
-            gates=_read(donor.gates or {}),
+            gates={n: gate_text.from_text(bits) for n, bits in (donor.gates or {}).items()},
             history=donor.history,
             epochs=donor.epochs,
             train=self.settings.train,
@@ -176,13 +177,3 @@ def cell_mark(settings: Settings, key: CellKey, start: Start) -> str:
         "limits": [settings.filters_per_step, settings.max_batches],
     }
     return fingerprint(nn.Module(), running)
-
-
-def _written(gates: dict[str, torch.Tensor]) -> dict[str, str]:
-    return {
-        name: "".join("1" if kept else "0" for kept in gate.tolist()) for name, gate in gates.items()
-    }
-
-
-def _read(gates: dict[str, str]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([bit == "1" for bit in bits]) for name, bits in gates.items()}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from attrfast.checkpoint import STATE
+from attrfast.checkpoint import STATE, progress
 from attrfast.errors import InputError
 from attrfast.result import Step, row_from_json
 from attrfast.runs.folder import Figures, RunFolder, StoredMaps
@@ -83,9 +83,6 @@ def gather(root: str | Path) -> Gathered:
 
 def _from_steps(file: Path) -> tuple[list[Step], dict[str, torch.Tensor]]:
     try:
-        state = json.loads(file.read_text())
-        history = [row_from_json(row) for row in state["history"]]
-        gates = {n: torch.tensor([bit == "1" for bit in bits]) for n, bits in state["gates"].items()}
+        return progress(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} can't be read: {error}") from error
-    return history, gates
