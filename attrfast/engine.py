@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
@@ -24,10 +25,12 @@ from attrfast.criteria import (
     Criterion,
     Reduction,
     get_criterion,
+    has_own_pass,
 )
 from attrfast.errors import InputError, ModelError
 from attrfast.passes import Pass
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
+from attrfast.stopping import Stop, check_stop, part_read
 from attrfast.trace import preserved
 from attrfast.units import Units
 
@@ -52,6 +55,9 @@ def attribute(
     progress: bool = ...,
     seed: int = ...,
     units: Units | Discovery | None = ...,
+    stop: str | None = ...,
+    confidence: float = ...,
+    lowest: int | None = ...,
 ) -> Scores: ...
 
 
@@ -73,6 +79,9 @@ def attribute(
     progress: bool = ...,
     seed: int = ...,
     units: Units | Discovery | None = ...,
+    stop: str | None = ...,
+    confidence: float = ...,
+    lowest: int | None = ...,
 ) -> dict[str, Scores]: ...
 
 
@@ -93,6 +102,9 @@ def attribute(
     progress: bool = True,
     seed: int = 0,
     units: Units | Discovery | None = None,
+    stop: str | None = None,
+    confidence: float = 0.95,
+    lowest: int | None = None,
 ) -> Scores | dict[str, Scores]:
     """Scores every filter of a model by how much it contributes, in one pass over the data.
 
@@ -116,6 +128,11 @@ def attribute(
         seed: of what a criterion draws at random (`random`, `iba`).
         units: the model's units, if they are known from an earlier call; with the pass that they were
             found in (`attrfast.channels.discover`), no other is recorded.
+        stop: None reads everything. `"confident"` reads until the lowest filters are settled: until the rest
+            of the loader would, at the `confidence`, exchange at most 5% of them (or one). The batches must
+            come in random order. See `attrfast.confidence.Looks` for the test, and `Scores.undecided`.
+        confidence: of `stop="confident"`, in (0, 1).
+        lowest: of `stop="confident"`: how many filters will go; None: a sixteenth of all.
 
     Returns:
         Scores: one value a filter, by the names of the convolutions. For a list of criteria, a dict with
@@ -141,6 +158,7 @@ def attribute(
         for one in together
     ]
     names = _distinct([rule for rule, _ in chosen])
+    check_stop(stop, confidence, lowest)
     measured = [(rule, how) for rule, how in chosen if rule.needs_data]
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides every call
     place = resolve_device(model, device)
@@ -152,6 +170,7 @@ def attribute(
     if any(p.device != place for p in model.parameters()):
         model = copy.deepcopy(model).to(place)
     running: Pass | None = None
+    early: Stop | None = None
     # Whatever region the caller is in: gradients are recorded, and amp_dtype alone says what is autocast.
     with (
         preserved(model),
@@ -159,7 +178,9 @@ def attribute(
         torch.autocast(place.type, enabled=False),
     ):
         model.eval()
-        for batch in _batches(loader, place, max_batches, progress and bool(measured)):
+        for read, batch in enumerate(
+            _batches(loader, place, max_batches, progress and bool(measured)), start=1
+        ):
             if running is None:
                 found = _discover(model, batch, units)
                 if not measured:
@@ -176,12 +197,17 @@ def attribute(
                     seed=seed,
                     progress=progress,
                 )
+                if stop is not None:
+                    early = Stop(running, normalize, confidence, lowest, seed)
             wanted = batch if classes is None else batch.of_classes(classes)
             for part in [] if wanted is None else wanted.split(microbatch or wanted.samples):
                 running.add(part)
+            if early is not None and early.after(batch, part_read(read, loader, max_batches)):
+                break
         if running is not None and running.samples == 0:
             raise InputError(f"the loader holds no sample of the classes {list(classes or ())}")
         found_out = iter(running.results() if running is not None else ())
+        doubts = iter(early.undecided()) if early is not None else itertools.repeat(None)
         results = {}
         wide = any(p.dtype == torch.float64 for p in model.parameters())
         for name, (rule, how) in zip(names, chosen, strict=True):
@@ -199,6 +225,7 @@ def attribute(
                 normalize=normalize,
                 by_class=None if table is None else _comparable(table, found.units, normalize, wide),
                 class_samples=running.class_samples if running else None,
+                undecided=next(doubts) if rule.needs_data else None,
             )
     return results if together is criterion else results[names[0]]
 
@@ -222,7 +249,7 @@ def check_options(
     how = REDUCTIONS.get(reduction or rule.reduction)
     if how is None:
         raise InputError(f"unknown reduction {reduction!r}; known: {', '.join(REDUCTIONS)}")
-    if isinstance(rule, ActivationCriterion) or type(rule).own_pass is not Criterion.own_pass:
+    if isinstance(rule, ActivationCriterion) or has_own_pass(rule):
         how = MEAN
     elif rule.own_reduction and how.name != rule.reduction:
         raise InputError(
@@ -269,9 +296,7 @@ def _distinct(rules: Sequence[Criterion]) -> list[str]:
 
 
 def _comparable(raw: torch.Tensor, units: Units, normalize: str | None, wide: bool) -> torch.Tensor:
-    """Normalised, (U,) or (K, U) row by row, in the dtype of results."""
-    if raw.dim() == 2:
-        return torch.stack([_comparable(row, units, normalize, wide) for row in raw])
+    """Normalised, (U,) or (K, U), in the dtype of results."""
     return normalized(raw, units, normalize).to(torch.float64 if wide else torch.float32)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from attrfast.batches import Batch, check_labels, main_output
 from attrfast.channels import Discovery
+from attrfast.confidence import Groups
 from attrfast.criteria import ActivationCriterion, Criterion, OwnPass, Reduction, same_objective
 from attrfast.diagnosis import first_nonfinite
 from attrfast.errors import InputError, ModelError, NumericalError
@@ -41,6 +42,7 @@ class Tally:
     Attributes:
         total: (U,) float64, the sum over samples.
         by_class: (K, U) float64, the sum over the samples of each class; None if it was not asked for.
+        groups: sums over groups of samples; None where they are not kept.
     """
 
     def __init__(
@@ -49,10 +51,13 @@ class Tally:
         self.criterion, self.reduction = criterion, reduction
         self.total = torch.zeros(units, dtype=torch.float64, device=device)
         self.by_class: torch.Tensor | None = None
+        self.groups: Groups | None = None
 
     def add(self, values: torch.Tensor, labels: torch.Tensor | None, classes: int) -> None:
         """Adds the values (n, U) of some samples; with labels (n,), to their classes as well."""
         self.total += values.sum(0)
+        if self.groups is not None:
+            self.groups.add(values)
         if labels is not None:
             if self.by_class is None:
                 self.by_class = self.total.new_zeros(classes, len(self.total))
@@ -162,6 +167,20 @@ class Pass:
             if self._class_samples is None:
                 self._class_samples = labels.new_zeros(self.classes)
             self._class_samples.index_add_(0, labels, torch.ones_like(labels))
+
+    def keep_groups(self) -> None:
+        """From now on, sums over groups of samples are kept beside the totals, see `Groups`.
+
+        Raises:
+            InputError: a criterion measures in a way of its own, from which none can be told.
+        """
+        for index in self.own:
+            raise InputError(
+                f"the criterion {self.tallies[index].criterion.name!r} can't tell how sure it is before "
+                f"all samples are read; leave stop out, and limit them by max_batches"
+            )
+        for tally in self.tallies:
+            tally.groups = Groups(len(self.units), self.device)
 
     def _forward(self, batch: Batch) -> Any:
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):

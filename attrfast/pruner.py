@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ from attrfast.scores import normalized
 from attrfast.seeding import seeded
 from attrfast.selection import for_the_worst_class
 from attrfast.shrinking import Shrinking, install
+from attrfast.stopping import can_stop, check_stop, is_long_and_shuffled
 from attrfast.targets import Asked, Targets
 
 Callback = Callable[[Step, nn.Module], None]
@@ -63,6 +64,8 @@ def prune(
     microbatch: int | None = None,
     device: str | torch.device | None = None,
     amp_dtype: torch.dtype | None = None,
+    stop: str | None = "auto",
+    confidence: float = 0.95,
     classes: Sequence[int] | None = None,
     balance: str | None = None,
     round_to: int = 1,
@@ -108,6 +111,11 @@ def prune(
         normalize, reduction, max_batches, microbatch, amp_dtype: of scoring, see `attribute`; all but
             the first without effect on a criterion that trains.
         device: run there; None: where the model is.
+        stop: `"confident"` scores in every step until the lowest τ filters are settled, `None` by all
+            samples, see `attribute`. `"auto"` is the former where the loader is a `DataLoader` that shuffles
+            10,000 samples or more, and no `max_batches`, `balance`, `max_latency` or criterion that measures
+            in a way of its own stands against it.
+        confidence: of `stop`.
         classes: keep what these classes need: importance comes from the samples with these labels alone.
             Fine-tuning and the history go by all samples of the loaders that are given.
         balance: None ranks filters by their importance over all samples; `"worst_class"` by that for the
@@ -149,6 +157,14 @@ def prune(
         by_class=balance is not None,
         classes=classes,
     )
+    if stop != "auto":
+        check_stop(stop, confidence, filters_per_step)
+    by = "balance" if balance is not None else "max_latency" if max_latency is not None else None
+    if stop == "confident" and by is not None:
+        raise InputError(
+            f"stop='confident' settles the order of importance over all samples, and {by} ranks in another "
+            f"way; leave one of them out"
+        )
     for name, value in (
         ("latency_input", latency_input),
         ("latency_device", latency_device),
@@ -191,6 +207,9 @@ def prune(
     targets = asked.of(now.size())
     now.check_reachable(targets)
     count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
+    if stop == "auto":
+        early = by is None and max_batches is None and can_stop(rule) and is_long_and_shuffled(loader)
+        stop = "confident" if early else None
     scoring = {
         "criterion": rule,
         "loss_fn": loss_fn,
@@ -201,6 +220,9 @@ def prune(
         "amp_dtype": amp_dtype,
         "by_class": balance is not None,
         "classes": None if classes is None else sorted(set(classes)),
+        "stop": stop,
+        "confidence": confidence,
+        "lowest": count,
     }
     saver = None
     if output_dir is not None:
@@ -241,6 +263,13 @@ def prune(
     )
 
 
+class _Read(NamedTuple):
+    """How many samples a ranking comes from, and of how many units it is not sure; None where nobody asked."""
+
+    samples: int = 0
+    undecided: int | None = None
+
+
 @dataclass
 class _Saver:
     """Where steps are saved, and the mark of this run."""
@@ -277,7 +306,7 @@ class _Loop:
     def start(self, saved: Checkpoint | None) -> None:
         """Measures the original, or takes up an earlier run."""
         if saved is None:
-            self.history = [self._row(0, {}, (0.0, 0.0, 0.0))]
+            self.history = [self._row(0, {}, (0.0, 0.0, 0.0), _Read())]
         else:
             self.now.restore(saved.gates, saved.weights, saved.taken)
             self.history = saved.history
@@ -334,7 +363,7 @@ class _Loop:
         """Scores, cuts and tunes; None where nothing is left to cut."""
         step = len(self.history)
         times = [time.perf_counter()]
-        importance, idle = self._importance(step)
+        importance, idle, read = self._importance(step)
         times.append(time.perf_counter())
         importance, branches = self.now.remove_branches(idle, importance)
         enough = self.targets.reached(self.now.size()) or self.once
@@ -349,7 +378,7 @@ class _Loop:
         self._tune(self.tuning, step)
         times.append(time.perf_counter())
         scoring, cutting, tuning = (b - a for a, b in itertools.pairwise(times))
-        return self._row(step, removed, (scoring, cutting, tuning))
+        return self._row(step, removed, (scoring, cutting, tuning), read)
 
     @property
     def trained(self) -> bool:
@@ -362,8 +391,8 @@ class _Loop:
         """Whether nothing is asked but what one step of training finds to compute nothing."""
         return not self.targets.sizes and self.targets.drop is None
 
-    def _importance(self, step: int) -> tuple[torch.Tensor, Sequence[ResidualBranch]]:
-        """Normalised importance (U,), and residual branches that may go as a whole."""
+    def _importance(self, step: int) -> tuple[torch.Tensor, Sequence[ResidualBranch], _Read]:
+        """Normalised importance (U,), residual branches that may go as a whole, and what was read for it."""
         found, seed = self.now.may_go(), self.seed + 2 * step
         if not self.trained:
             with seeded(seed, [self.loader], self.device):
@@ -376,9 +405,11 @@ class _Loop:
                     units=found,
                     **self.scoring,
                 )
+            doubts = scores.undecided
+            read = _Read(scores.samples, None if doubts is None else int(doubts.sum()))
             if scores.by_class is not None:
-                return for_the_worst_class(scores.by_class), ()
-            return scores.importance, ()
+                return for_the_worst_class(scores.by_class), (), read
+            return scores.importance, (), read
         self.now.model = copy.deepcopy(self.now.model)  # the best so far may be this one
         rule = self.scoring["criterion"]
         learnt = learn(
@@ -394,7 +425,7 @@ class _Loop:
             progress=self.progress,
         )
         kind = self.scoring["normalize"] if rule.per_layer else None
-        return normalized(learnt.importance, found.units, kind), learnt.idle
+        return normalized(learnt.importance, found.units, kind), learnt.idle, _Read()
 
     def _tune(self, how: Any, step: int) -> None:
         fine_tune(
@@ -426,8 +457,14 @@ class _Loop:
                 progress=self.progress,
             )
 
-    def _row(self, step: int, removed: dict[str, int], seconds: tuple[float, float, float]) -> Step:
-        seen, read, whole = self._measure(), self._read(step), self.targets.whole
+    def _row(
+        self,
+        step: int,
+        removed: dict[str, int],
+        seconds: tuple[float, float, float],
+        read: _Read,
+    ) -> Step:
+        seen, timed, whole = self._measure(), self._timed(step), self.targets.whole
         size = self.now.size()
         return Step(
             step=step,
@@ -443,12 +480,14 @@ class _Loop:
             seconds_scoring=seconds[0],
             seconds_cutting=seconds[1],
             seconds_tuning=seconds[2],
-            latency=None if read is None else read.seconds,
-            latency_predicted=None if read is None else read.predicted,
-            latency_share=None if read is None else read.share,
+            samples_scored=read.samples,
+            undecided=read.undecided,
+            latency=None if timed is None else timed.seconds,
+            latency_predicted=None if timed is None else timed.predicted,
+            latency_share=None if timed is None else timed.share,
         )
 
-    def _read(self, step: int) -> Reading | None:
+    def _timed(self, step: int) -> Reading | None:
         """The latency as it is, where one was asked for."""
         if self.gauge is None:
             return None

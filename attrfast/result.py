@@ -33,6 +33,9 @@ class Step:
         macs_pruned_percent, params_pruned_percent: of the original's, in percent.
         removed: filters removed in this step, by layer (the name of its first convolution).
         seconds_scoring, seconds_cutting, seconds_tuning: wall time.
+        samples_scored: how many the ranking comes from; 0 for a criterion that reads weights or trains.
+        undecided: units of which it was not sure whether they are among the lowest; None where every step
+            reads all samples.
         latency, latency_predicted: seconds of a pass, measured and by the table; None where none was asked.
         latency_share: of the original's, measured in turns with it.
     """
@@ -50,6 +53,8 @@ class Step:
     seconds_scoring: float = 0.0
     seconds_cutting: float = 0.0
     seconds_tuning: float = 0.0
+    samples_scored: int = 0
+    undecided: int | None = None
     latency: float | None = None
     latency_predicted: float | None = None
     latency_share: float | None = None

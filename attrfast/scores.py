@@ -33,6 +33,8 @@ class Scores(Mapping[str, torch.Tensor]):
         by_class: (K, U) the same from the samples of each class alone, normalised class by class; zero for
             a class without samples. None unless `attribute(by_class=True)` was asked for.
         class_samples: (K,) int64, how many samples of each class were seen; None like `by_class`.
+        undecided: (U,) bool, units of which it is not sure whether they are among the lowest; none where all
+            samples were read. None unless `attribute(stop="confident")` was asked for.
     """
 
     units: Units
@@ -44,6 +46,7 @@ class Scores(Mapping[str, torch.Tensor]):
     normalize: str | None
     by_class: torch.Tensor | None = None
     class_samples: torch.Tensor | None = None
+    undecided: torch.Tensor | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """(filters,) importance of each filter of the convolution `name`: its unit's."""
@@ -80,13 +83,19 @@ class Scores(Mapping[str, torch.Tensor]):
 
         Returns:
             `scores` (convolution -> one number a filter), `criterion`, `reduction`, `normalize`, `samples`;
-            of scores by class `by_class` (convolution -> one list a class) and `class_samples` as well.
+            of scores by class `by_class` (convolution -> one list a class) and `class_samples` as well; with
+            `stop="confident"` also `undecided` (convolution -> numbers of its filters).
         """
         told: dict[str, Any] = {"scores": {name: self[name].tolist() for name in self}, **self._how()}
         if self.by_class is not None:
             told["by_class"] = {name: self.class_scores(name).tolist() for name in self}
         if self.class_samples is not None:
             told["class_samples"] = self.class_samples.tolist()
+        if self.undecided is not None:
+            flags = {name: self.undecided[self._filters(name)] for name in self}
+            told["undecided"] = {
+                name: torch.nonzero(row).flatten().tolist() for name, row in flags.items()
+            }
         return told
 
     def _how(self) -> dict[str, Any]:
@@ -153,7 +162,7 @@ class Scores(Mapping[str, torch.Tensor]):
         )
 
 
-_TENSORS = ("importance", "raw", "by_class", "class_samples")
+_TENSORS = ("importance", "raw", "by_class", "class_samples", "undecided")
 _MAPS = ("filters", "outputs", "inputs")
 
 
@@ -161,12 +170,12 @@ def normalized(raw: torch.Tensor, units: Units, kind: str | None) -> torch.Tenso
     """Divides the importance of each unit by that of its layer.
 
     Args:
-        raw: (U,) floating, on the CPU.
+        raw: (..., U) floating, on the CPU.
         kind: `"l2"`: the layer's Euclidean norm (the paper's); `"mean"` or `"max"` of its absolute
             values; None: nothing is divided.
 
     Returns:
-        (U,); a layer that is zero everywhere stays zero.
+        (..., U), row by row; a layer that is zero everywhere stays zero.
 
     Raises:
         InputError: another kind.
@@ -176,9 +185,11 @@ def normalized(raw: torch.Tensor, units: Units, kind: str | None) -> torch.Tenso
     if kind is None:
         return raw.clone()
     order = torch.argsort(units.layer_of, stable=True)
+    sorted_rows = raw[..., order]
     counts = torch.bincount(units.layer_of, minlength=len(units.layers))
-    offsets = torch.zeros(len(units.layers) + 1, dtype=torch.int64)
+    counts = counts.repeat(sorted_rows.numel() // max(1, len(order)))
+    offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
     offsets[1:] = counts.cumsum(0)
     out = torch.empty_like(raw)
-    out[order] = ops.segment_normalize(raw[order], offsets, kind)
+    out[..., order] = ops.segment_normalize(sorted_rows.flatten(), offsets, kind).view_as(sorted_rows)
     return out

@@ -83,6 +83,9 @@ Reduction = Annotated[
         show_default="the criterion's",
     ),
 ]
+Confidence = Annotated[
+    float, typer.Option(min=0, max=1, help="Of `--stop confident`: that the lowest filters are settled.")
+]
 Images = Annotated[
     int | None, typer.Option(min=1, help="Use so many training images only.", show_default="all")
 ]
@@ -107,3 +110,8 @@ Config = Annotated[
         callback=read_config,
     ),
 ]
+
+
+def or_none(text: str) -> str | None:
+    """An option's text, None for `none`."""
+    return None if text == "none" else text

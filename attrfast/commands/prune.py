@@ -66,6 +66,13 @@ def prune(
     score_batches: Annotated[
         int | None, typer.Option(min=1, help="Batches scored in a step.", show_default="all")
     ] = None,
+    stop: Annotated[
+        str,
+        typer.Option(
+            help="Score `confident` (until the lowest filters are settled), `none` (everything) or `auto`."
+        ),
+    ] = "auto",
+    confidence: options.Confidence = 0.95,
     round_to: Annotated[int, typer.Option(min=1, help="Widths are multiples of this.")] = 1,
     min_filters: Annotated[int, typer.Option(min=1, help="Filters that every layer keeps.")] = 1,
     ignore: Annotated[
@@ -110,9 +117,11 @@ def prune(
         final_finetune=final_finetune,
         classes=None if classes is None else tuple(_labels(classes)),
         balance=balance,
-        normalize=None if normalize == "none" else normalize,
+        normalize=options.or_none(normalize),
         reduction=reduction,
         score_batches=score_batches,
+        stop=options.or_none(stop),
+        confidence=confidence,
         round_to=round_to,
         min_filters=min_filters,
         ignore=tuple(options.parts(ignore or "", str, "--ignore", "names with commas")),

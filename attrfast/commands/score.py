@@ -26,6 +26,13 @@ def score(
     max_batches: Annotated[
         int | None, typer.Option(min=1, help="Score so many batches.", show_default="all")
     ] = None,
+    stop: Annotated[
+        str,
+        typer.Option(
+            help="`confident`: score until the lowest sixteenth of the filters is settled; `none`: everything."
+        ),
+    ] = "none",
+    confidence: options.Confidence = 0.95,
     classes: options.Classes = None,
     lowest: Annotated[int, typer.Option(min=0, help="Lowest filters to name in a layer.")] = 5,
     images: options.Images = None,
@@ -47,6 +54,7 @@ def score(
     from attrfast.names import NamedData
     from attrfast.runs.folder import scores_as_json
     from attrfast.runs.work import built
+    from attrfast.stopping import check_stop
 
     if out is not None and out.suffix not in (".json", ".safetensors"):
         raise InputError(f"--out must end in .json or .safetensors, got {out}")
@@ -55,13 +63,15 @@ def score(
     if classes is not None:
         chosen = options.parts(classes, int, "--classes", "labels with commas")
     settings: dict[str, Any] = {
-        "normalize": None if normalize == "none" else normalize,
+        "normalize": options.or_none(normalize),
         "reduction": reduction,
         "max_batches": max_batches,
         "classes": chosen,
     }
     for rule in rules:
         check_options(rule, **settings, microbatch=None, by_class=False)
+    settings |= {"stop": options.or_none(stop), "confidence": confidence}
+    check_stop(settings["stop"], confidence, None)
     with interruptible("nothing was written"):
         splits = NamedData(data, images, loader_workers, batch_size, image_size)(seed)
         network = built(model, splits, None if weights is None else str(weights), seed)
@@ -87,6 +97,8 @@ def _table(scores: Any, lowest: int) -> str:
     from attrfast.plain_text import as_text
 
     seen = f"{scores.samples:,} images" if scores.samples else "weights alone"
+    if scores.undecided is not None:
+        seen += f", {int(scores.units.size[scores.undecided].sum())} filters undecided"
     table = Table(title=f"{scores.criterion}: {seen}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("convolution", overflow="fold")
     for name in ("filters", "least", "median", "most"):

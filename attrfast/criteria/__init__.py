@@ -6,6 +6,7 @@ from attrfast.criteria.base import (
     OwnPass,
     criterion_names,
     get_criterion,
+    has_own_pass,
     register_criterion,
     same_objective,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "WeightNorm",
     "criterion_names",
     "get_criterion",
+    "has_own_pass",
     "register_criterion",
     "same_objective",
 ]

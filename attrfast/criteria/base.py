@@ -127,6 +127,15 @@ class Criterion:
         raise NotImplementedError(f"the criterion {self.name!r} reads no weights")
 
 
+def has_own_pass(criterion: Criterion) -> bool:
+    """Whether a criterion measures in another way than by S.
+
+    Args:
+        criterion: any.
+    """
+    return type(criterion).own_pass is not Criterion.own_pass
+
+
 def same_objective(a: Criterion, b: Criterion) -> bool:
     """Whether two criteria differ in their reduction alone, and can share S.
 

@@ -15,6 +15,7 @@ from attrfast.engine import check_options
 from attrfast.errors import InputError
 from attrfast.finetune import FineTune
 from attrfast.names import NamedData
+from attrfast.stopping import check_stop
 from attrfast.targets import Asked
 
 TRAIN = FineTune(epochs=0, optimizer="adamw", lr=3e-3, schedule="onecycle", weight_decay=0.01)
@@ -32,6 +33,7 @@ class PruneSettings:
         train, finetune, final_finetune: epochs.
         step: filters removed in a step.
         score_batches: batches scored in a step.
+        stop, confidence: of scoring.
         images, batch_size, image_size, loader_workers: of the data.
         tables: `train`, `finetune` or `final_finetune` -> further fields of `attrfast.FineTune`.
     """
@@ -56,6 +58,8 @@ class PruneSettings:
     normalize: str | None = "l2"
     reduction: str | None = None
     score_batches: int | None = None
+    stop: str | None = "auto"
+    confidence: float = 0.95
     round_to: int = 1
     min_filters: int = 1
     ignore: tuple[str, ...] = ()
@@ -73,6 +77,8 @@ class PruneSettings:
         Raises:
             InputError: a setting is not usable.
         """
+        if self.stop != "auto":
+            check_stop(self.stop, self.confidence, self.step)
         if self.balance not in (None, "worst_class"):
             raise InputError(f"balance must be 'worst_class', got {self.balance!r}")
         rule, _ = check_options(
@@ -119,8 +125,7 @@ class PruneSettings:
     def to_toml(self) -> str:
         """As a file for `attrfast prune --config`; what is not set is left out."""
         plain = {k: v for k, v in vars(self).items() if k != "tables" and v is not None and v != ()}
-        if self.normalize is None:
-            plain["normalize"] = "none"
+        plain |= {name: "none" for name in ("normalize", "stop") if getattr(self, name) is None}
         with_tables = {
             name: {**fields, "epochs": plain.pop(name)} for name, fields in self.tables.items()
         }

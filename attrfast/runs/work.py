@@ -108,6 +108,8 @@ def carry_out(
             finetune=settings.training("finetune"),
             final_finetune=settings.training("final_finetune") if settings.final_finetune else None,
             **settings.scoring,
+            stop=settings.stop,
+            confidence=settings.confidence,
             device=device,
             balance=settings.balance,
             round_to=settings.round_to,

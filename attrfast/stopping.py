@@ -1,0 +1,136 @@
+"""Ends a pass over the data before the loader does. Must not know what comes of the ranking."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from attrfast import confidence
+from attrfast.batches import Batch
+from attrfast.criteria import Criterion, Reduction, has_own_pass
+from attrfast.errors import InputError
+from attrfast.passes import Pass
+from attrfast.scores import normalized
+from attrfast.units import Units
+
+LONG = 10_000  # samples, from which a loader is worth being read in part
+
+
+class Stop:
+    """Looks after every batch whether the lowest filters of all criteria are settled.
+
+    Args:
+        running: the pass, before its first batch.
+        normalize, confidence, lowest, seed: as of `attribute`.
+
+    Raises:
+        InputError: a criterion can't tell how sure it is.
+    """
+
+    def __init__(
+        self, running: Pass, normalize: str | None, confident: float, lowest: int | None, seed: int
+    ) -> None:
+        running.keep_groups()
+        self._running = running
+        self._looks = [
+            confidence.Looks(
+                running.units,
+                functools.partial(_ranked, tally.reduction, running.units, normalize),
+                confidence=confident,
+                lowest=lowest,
+                seed=seed,
+            )
+            for tally in running.tallies
+        ]
+        self._first, self._labels = True, (0, 0)
+        self._ascending = True
+        self._early = False
+
+    def after(self, batch: Batch, part: float) -> bool:
+        """Whether the pass may end after this batch.
+
+        Args:
+            batch: as the loader gave it.
+            part: which part of all batches was read; 0 where nobody knows.
+        """
+        self._watch(batch.extremes)
+        if part >= 1:
+            return False
+        if self._ascending and self._running.samples >= confidence.FIRST:
+            return False  # the samples to come are of other classes
+        for looks, tally in zip(self._looks, self._running.tallies, strict=True):
+            assert tally.groups is not None
+            looks.look(tally.total, tally.groups, part)
+        self._early = all(looks.settled for looks in self._looks)
+        return self._early
+
+    def _watch(self, extremes: tuple[int, int] | None) -> None:
+        """Follows whether labels have come in ascending order so far."""
+        first, self._first = self._first, False
+        if extremes is None:
+            self._ascending = False
+            return
+        low, high = extremes
+        self._ascending = self._ascending and (first or low >= self._labels[1])
+        self._labels = (low if first else self._labels[0], high)
+
+    def undecided(self) -> list[torch.Tensor]:
+        """(U,) bool for each criterion; nothing is undecided where everything was read."""
+        sorted_labels = self._ascending and self._labels[0] < self._labels[1]
+        if sorted_labels and self._running.samples >= confidence.FIRST:
+            warnings.warn(
+                "stop='confident' read all samples, because the loader sorts them by their labels, so that "
+                "the first tell nothing about the rest; give a loader that shuffles",
+                stacklevel=3,
+            )
+        none = torch.zeros(len(self._running.units), dtype=torch.bool)
+        if not self._early:
+            return [none] * len(self._looks)
+        return [none if looks.undecided is None else looks.undecided for looks in self._looks]
+
+
+def part_read(read: int, loader: Iterable[Any], max_batches: int | None) -> float:
+    """Which part of the batches to be read the first `read` are; 0 where nobody knows their number."""
+    total = len(loader) if isinstance(loader, Sized) else None
+    if max_batches is not None:
+        total = min(total, max_batches) if total else max_batches
+    return read / total if total else 0.0
+
+
+def can_stop(criterion: Criterion) -> bool:
+    """Whether it can be told how sure this criterion is."""
+    return criterion.needs_data and not criterion.trains and not has_own_pass(criterion)
+
+
+def is_long_and_shuffled(loader: Iterable[Any]) -> bool:
+    """Whether this is a `DataLoader` of 10,000 samples or more, in an order drawn anew every time."""
+    return (
+        isinstance(loader, DataLoader)
+        and isinstance(loader.sampler, (RandomSampler, WeightedRandomSampler, SubsetRandomSampler))
+        and len(loader.sampler) >= LONG
+    )
+
+
+def check_stop(stop: str | None, confident: float, lowest: int | None) -> None:
+    """Raises InputError where one of these can't be used."""
+    if stop not in (None, "confident"):
+        raise InputError(f"stop must be 'confident' or None (read everything), got {stop!r}")
+    if not (isinstance(confident, (int, float)) and 0 < confident < 1):
+        raise InputError(f"confidence must be between 0 and 1, for instance 0.95, got {confident!r}")
+    if lowest is not None and (isinstance(lowest, bool) or not isinstance(lowest, int) or lowest < 1):
+        raise InputError(
+            f"lowest must be a whole number of filters of at least 1, or None for a sixteenth of all, got "
+            f"{lowest!r}"
+        )
+
+
+def _ranked(
+    reduction: Reduction, units: Units, normalize: str | None, totals: torch.Tensor, samples: int
+) -> torch.Tensor:
+    """What is ranked (B, U), of sums over samples (B, U)."""
+    return normalized(reduction.finish(totals, samples), units, normalize)
