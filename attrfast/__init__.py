@@ -13,6 +13,7 @@ from attrfast.errors import (
     InputError,
     ModelError,
     NumericalError,
+    OutOfMemoryError,
     TargetError,
 )
 from attrfast.evaluate import Evaluation, evaluate
@@ -39,6 +40,7 @@ __all__ = [
     "Measurement",
     "ModelError",
     "NumericalError",
+    "OutOfMemoryError",
     "PruneResult",
     "Recipe",
     "ScoreRecorder",

@@ -45,6 +45,11 @@ class Buffers:
         self._blocks = [b for b in self._blocks if b.batch >= self._batch - 1 or not b.free]
         self._batch += 1
 
+    def give_back(self) -> None:
+        """Gives back all that no tensor lies in."""
+        self._blocks = [b for b in self._blocks if not b.free]
+        self._scratch = torch.empty(0)
+
     def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of any values.
 

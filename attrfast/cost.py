@@ -74,10 +74,7 @@ class CostModel:
     def __init__(self, model: nn.Module, found: Discovery, base: Cost) -> None:
         self._units = found.units
         self._modules = dict(model.named_modules())
-        samples = next(
-            (found.record.shapes[v][0] for v in sorted(found.record.roots) if found.record.shapes[v]),
-            1,
-        )
+        samples = found.record.samples
         products = [self._product(call, found, samples) for call in found.record.calls]
         self._macs = [p for p in products if p is not None]
         self._params = self._parameter_products()

@@ -29,6 +29,7 @@ from attrfast.criteria import (
 )
 from attrfast.errors import InputError, ModelError
 from attrfast.passes import Pass
+from attrfast.portions import parse_memory
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
 from attrfast.stopping import Stop, check_stop, part_read
 from attrfast.trace import preserved
@@ -48,6 +49,7 @@ def attribute(
     reduction: str | None = ...,
     max_batches: int | None = ...,
     microbatch: int | None = ...,
+    memory_limit: str | float | None = ...,
     device: str | torch.device | None = ...,
     amp_dtype: torch.dtype | None = ...,
     by_class: bool = ...,
@@ -72,6 +74,7 @@ def attribute(
     reduction: str | None = ...,
     max_batches: int | None = ...,
     microbatch: int | None = ...,
+    memory_limit: str | float | None = ...,
     device: str | torch.device | None = ...,
     amp_dtype: torch.dtype | None = ...,
     by_class: bool = ...,
@@ -95,6 +98,7 @@ def attribute(
     reduction: str | None = None,
     max_batches: int | None = None,
     microbatch: int | None = None,
+    memory_limit: str | float | None = None,
     device: str | torch.device | None = None,
     amp_dtype: torch.dtype | None = None,
     by_class: bool = False,
@@ -119,7 +123,12 @@ def attribute(
         reduction: `"abs_sample"`, `"sq_sample"`, `"signed_batch"` or `"abs_element"`, for criteria that
             read gradients; None takes the criterion's own.
         max_batches: read no more batches than this.
-        microbatch: run at most this many samples at once. The scores do not depend on it.
+        microbatch: run at most this many samples at once. The scores do not depend on it. Where memory is
+            full, what did not fit runs again in halves, down to one sample.
+        memory_limit: what a pass may take over what is taken before it: `"512MB"`, `"1.5GiB"`, bytes, or a
+            share of the device's memory (0.25 or `"25%"`). As many samples run at once as fit, by the sizes
+            of the model's tensors at first and then by what is measured: torch's allocator on CUDA, on a
+            CPU the process's resident memory where Linux tells it. None: no limit.
         device: run there (on a copy, if the model is elsewhere); None: where the model is.
         amp_dtype: `torch.bfloat16` or `torch.float16` runs the forward pass under autocast.
         by_class: score the samples of every labelled class on their own as well (`Scores.by_class`).
@@ -143,6 +152,7 @@ def attribute(
         ModelError: the model cannot be scored.
         NumericalError: an activation, the objective or a gradient is not finite.
         BackendError: the device does not exist here.
+        OutOfMemoryError: memory does not hold the pass of one sample.
     """
     together = criterion if isinstance(criterion, (list, tuple)) else (criterion,)
     chosen = [
@@ -162,6 +172,7 @@ def attribute(
     measured = [(rule, how) for rule, how in chosen if rule.needs_data]
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides every call
     place = resolve_device(model, device)
+    bytes_allowed = parse_memory(memory_limit, place)
     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
         raise ModelError(
             "the model was made under torch.inference_mode(), where tensors can't take part in gradients; "
@@ -194,14 +205,16 @@ def attribute(
                     device=place,
                     by_class=by_class,
                     classes=classes or (),
+                    microbatch=microbatch,
+                    memory_limit=bytes_allowed,
                     seed=seed,
                     progress=progress,
                 )
                 if stop is not None:
                     early = Stop(running, normalize, confidence, lowest, seed)
             wanted = batch if classes is None else batch.of_classes(classes)
-            for part in [] if wanted is None else wanted.split(microbatch or wanted.samples):
-                running.add(part)
+            if wanted is not None:
+                running.add(wanted)
             if early is not None and early.after(batch, part_read(read, loader, max_batches)):
                 break
         if running is not None and running.samples == 0:

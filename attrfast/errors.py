@@ -33,3 +33,7 @@ class NumericalError(AttrfastError, ArithmeticError):
 
 class TargetError(AttrfastError, ValueError):
     """A pruning target cannot be reached; the message says how close it gets."""
+
+
+class OutOfMemoryError(AttrfastError, MemoryError):
+    """Memory does not hold what a single sample needs."""

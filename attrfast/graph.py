@@ -27,7 +27,7 @@ from attrfast.stages import (
     has_fresh_gradient,
     uses_of,
 )
-from attrfast.trace import CONVOLUTIONS, Call, Param, Ref, argument
+from attrfast.trace import CONVOLUTIONS, Call, Param, Ref, Trace, argument
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,26 @@ def make_plan(found: Discovery, weights: dict[str, str], *, guided: bool) -> Pla
         stage.output for stage in stages if has_fresh_gradient(stage.output, record, uses, by_call)
     )
     return plan
+
+
+def bytes_per_sample(record: Trace, plan: Plan | None) -> float:
+    """What a sample takes at the peak of a pass, roughly: what is kept, and the two largest tensors besides.
+
+    Args:
+        record: a forward pass.
+        plan: whose stages make no tensor but their last; None where every call makes its own.
+    """
+    size = [shape.numel() * each for shape, each in zip(record.shapes, record.itemsizes, strict=True)]
+    stages = {} if plan is None else plan.stages
+    made = [
+        value
+        for call in record.calls
+        if call.index not in stages or stages[call.index].last == call.index
+        for value in call.outputs
+        if call.name not in _KEEPS_NOTHING and (call.overwrites is None or call.index in stages)
+    ]
+    largest = sorted((size[value] for value in made), reverse=True)
+    return (sum(largest) + sum(largest[:2])) / max(1, record.samples)
 
 
 def is_reader(call: Call, weights: dict[str, str]) -> bool:

@@ -23,9 +23,11 @@ from attrfast.criteria import ActivationCriterion, Criterion, OwnPass, Reduction
 from attrfast.diagnosis import first_nonfinite
 from attrfast.errors import InputError, ModelError, NumericalError
 from attrfast.following import PlanMismatchError
+from attrfast.graph import bytes_per_sample
 from attrfast.map_statistics import MapMode, Source, Statistic, channels_in, find_places
 from attrfast.matrix import RowsError
 from attrfast.objective import LossFunction, Objective
+from attrfast.portions import Limit, Portions
 from attrfast.tiers import Runner
 from attrfast.trace import trace
 
@@ -92,6 +94,7 @@ class Pass:
         amp_dtype: run the forward pass under autocast in this dtype.
         by_class: add up the samples of each class on their own as well.
         classes: those that samples come from, where these are not all; they must be outputs of the model.
+        microbatch, memory_limit: at most so many samples, and so much memory, at once; None: as it comes.
         seed, progress: for criteria with a pass of their own.
 
     Attributes:
@@ -110,6 +113,8 @@ class Pass:
         device: torch.device,
         by_class: bool = False,
         classes: Sequence[int] = (),
+        microbatch: int | None = None,
+        memory_limit: Limit | None = None,
         seed: int = 0,
         progress: bool = False,
     ) -> None:
@@ -139,6 +144,14 @@ class Pass:
             self.places = find_places(model, found.units, found.record, found.channels, device)
         # What is not finite is looked for where that makes nobody wait for a GPU; there, once at the end.
         self.watchful = device.type == "cpu"
+        plan = self.runs[0].runner.plan if self.runs else None
+        self._portions = Portions(
+            device,
+            most=microbatch,
+            limit=memory_limit,
+            planned=bytes_per_sample(found.record, plan),
+            release=self._give_back,
+        )
         self.samples, self.classes = 0, 0
         self._class_samples: torch.Tensor | None = None
 
@@ -148,25 +161,46 @@ class Pass:
         return None if self._class_samples is None else self._class_samples.cpu()
 
     def add(self, batch: Batch) -> None:
-        """Scores one batch of samples, on the model's device."""
+        """Scores one batch of samples, on the model's device.
+
+        Raises:
+            OutOfMemoryError: memory does not hold the pass of one sample.
+        """
+        first = self.samples
+
+        def measure(part: Batch) -> None:
+            nonlocal first
+            values = self._rows(part, first)
+            labels = part.labels.long() if self.by_class else None
+            for index, measured in zip(self.shared, values, strict=True):
+                self.tallies[index].add(measured, labels, self.classes)
+            first += part.samples
+
+        if self.runs:
+            self._portions.run(batch, measure)
+        for own in self.own.values():
+            self._portions.run(batch, own.add)
+        self.samples += batch.samples
+        if self.by_class:
+            labels = batch.labels.long()
+            if self._class_samples is None:
+                self._class_samples = labels.new_zeros(self.classes)
+            self._class_samples.index_add_(0, labels, torch.ones_like(labels))
+
+    def _give_back(self) -> None:
+        for run in self.runs:
+            run.runner.give_back()
+
+    def _rows(self, batch: Batch, first: int) -> list[torch.Tensor]:
+        """(n, U) for each tally that is shared, sample by sample where a layer mixes samples."""
         try:
-            values = self._values(batch, self.samples)
+            return self._values(batch, first)
         except RowsError as error:
             if batch.samples == 1:
                 raise
             log.debug("%s: samples are scored one by one", error)
-            parts = [self._values(part, self.samples + i) for i, part in enumerate(batch.split(1))]
-            values = [torch.cat(rows) for rows in zip(*parts, strict=True)]
-        labels = batch.labels.long() if self.by_class else None
-        for index, measured in zip(self.shared, values, strict=True):
-            self.tallies[index].add(measured, labels, self.classes)
-        for own in self.own.values():
-            own.add(batch)
-        self.samples += batch.samples
-        if labels is not None:
-            if self._class_samples is None:
-                self._class_samples = labels.new_zeros(self.classes)
-            self._class_samples.index_add_(0, labels, torch.ones_like(labels))
+            parts = [self._values(part, first + i) for i, part in enumerate(batch.split(1))]
+            return [torch.cat(rows) for rows in zip(*parts, strict=True)]
 
     def keep_groups(self) -> None:
         """From now on, sums over groups of samples are kept beside the totals, see `Groups`.

@@ -31,6 +31,7 @@ from attrfast.finetune import FineTuneLike, as_finetune, fine_tune
 from attrfast.latency import Gauge, Reading, inputs_of_a_pass
 from attrfast.learning import learn
 from attrfast.objective import LossFunction
+from attrfast.portions import parse_memory
 from attrfast.residual import ResidualBranch
 from attrfast.result import PruneResult, Step
 from attrfast.scores import normalized
@@ -62,6 +63,7 @@ def prune(
     reduction: str | None = None,
     max_batches: int | None = None,
     microbatch: int | None = None,
+    memory_limit: str | float | None = None,
     device: str | torch.device | None = None,
     amp_dtype: torch.dtype | None = None,
     stop: str | None = "auto",
@@ -108,8 +110,8 @@ def prune(
         final_finetune: the same, once more after the last step.
         loss_fn: `loss_fn(output, batch)` in place of the cross-entropy, in evaluation, fine-tuning and
             the criteria that measure a loss.
-        normalize, reduction, max_batches, microbatch, amp_dtype: of scoring, see `attribute`; all but
-            the first without effect on a criterion that trains.
+        normalize, reduction, max_batches, microbatch, memory_limit, amp_dtype: of scoring, see `attribute`;
+            all but the first without effect on a criterion that trains.
         device: run there; None: where the model is.
         stop: `"confident"` scores in every step until the lowest τ filters are settled, `None` by all
             samples, see `attribute`. `"auto"` is the former where the loader is a `DataLoader` that shuffles
@@ -184,6 +186,7 @@ def prune(
     if resume and output_dir is None:
         raise InputError("resume=True needs output_dir, the folder with the steps that were saved")
     place = resolve_device(model, device)
+    parse_memory(memory_limit, place)
     user_model, model = model, getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
     loader = reiterable(loader)
     validation = loader if val_loader is None else reiterable(val_loader)
@@ -217,6 +220,7 @@ def prune(
         "reduction": reduction,
         "max_batches": max_batches,
         "microbatch": microbatch,
+        "memory_limit": memory_limit,
         "amp_dtype": amp_dtype,
         "by_class": balance is not None,
         "classes": None if classes is None else sorted(set(classes)),

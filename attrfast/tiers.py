@@ -75,6 +75,11 @@ class Runner:
                 v: Columns(self.plan.channels[v][1], count, self.device) for v in sorted(taps)
             }
 
+    def give_back(self) -> None:
+        """Gives back memory that is kept from batch to batch."""
+        if self.buffers is not None:
+            self.buffers.give_back()
+
     def run(
         self,
         forward: Callable[[], Any],

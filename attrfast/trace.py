@@ -79,6 +79,11 @@ class Trace:
     results: tuple[int, ...] = ()
     roots: set[int] = field(default_factory=set)
 
+    @property
+    def samples(self) -> int:
+        """How many the recorded inputs held."""
+        return next((self.shapes[value][0] for value in sorted(self.roots) if self.shapes[value]), 1)
+
     def note(self, tensor: torch.Tensor, numbering: Numbering) -> None:
         """Keeps the shape of a value that was just numbered."""
         value = numbering.values.get(tensor)

@@ -23,7 +23,7 @@ def test_the_code_runs_as_it_stands(
     scope: dict[str, Any] = {"images": images, "labels": labels}
     scope |= {"model": lived_in(Plain()), "loader": [(images, labels)]}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         exec(block, scope)
     assert {p.name for p in tmp_path.iterdir()} == {"map.png", "filters.png", "scores.png"}

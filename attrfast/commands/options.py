@@ -86,6 +86,10 @@ Reduction = Annotated[
 Confidence = Annotated[
     float, typer.Option(min=0, max=1, help="Of `--stop confident`: that the lowest filters are settled.")
 ]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(help="What scoring may take: `512MB`, `1.5GiB`, `25%`.", show_default="no limit"),
+]
 Images = Annotated[
     int | None, typer.Option(min=1, help="Use so many training images only.", show_default="all")
 ]

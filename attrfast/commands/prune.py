@@ -73,6 +73,7 @@ def prune(
         ),
     ] = "auto",
     confidence: options.Confidence = 0.95,
+    memory_limit: options.MemoryLimit = None,
     round_to: Annotated[int, typer.Option(min=1, help="Widths are multiples of this.")] = 1,
     min_filters: Annotated[int, typer.Option(min=1, help="Filters that every layer keeps.")] = 1,
     ignore: Annotated[
@@ -122,6 +123,7 @@ def prune(
         score_batches=score_batches,
         stop=options.or_none(stop),
         confidence=confidence,
+        memory_limit=memory_limit,
         round_to=round_to,
         min_filters=min_filters,
         ignore=tuple(options.parts(ignore or "", str, "--ignore", "names with commas")),

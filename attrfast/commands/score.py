@@ -33,6 +33,7 @@ def score(
         ),
     ] = "none",
     confidence: options.Confidence = 0.95,
+    memory_limit: options.MemoryLimit = None,
     classes: options.Classes = None,
     lowest: Annotated[int, typer.Option(min=0, help="Lowest filters to name in a layer.")] = 5,
     images: options.Images = None,
@@ -49,9 +50,12 @@ def score(
     progress: options.Progress = True,
 ) -> None:
     """Score every filter of a network by the training images of a data set."""
+    import torch
+
     from attrfast.batches import preferred_device
     from attrfast.engine import attribute, check_options
     from attrfast.names import NamedData
+    from attrfast.portions import parse_memory
     from attrfast.runs.folder import scores_as_json
     from attrfast.runs.work import built
     from attrfast.stopping import check_stop
@@ -70,7 +74,12 @@ def score(
     }
     for rule in rules:
         check_options(rule, **settings, microbatch=None, by_class=False)
-    settings |= {"stop": options.or_none(stop), "confidence": confidence}
+    parse_memory(memory_limit, torch.device(preferred_device(device)))
+    settings |= {
+        "stop": options.or_none(stop),
+        "confidence": confidence,
+        "memory_limit": memory_limit,
+    }
     check_stop(settings["stop"], confidence, None)
     with interruptible("nothing was written"):
         splits = NamedData(data, images, loader_workers, batch_size, image_size)(seed)

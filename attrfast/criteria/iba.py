@@ -6,6 +6,7 @@ Attribution, section 3 (the per-sample bottleneck), read out filter by filter.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -173,8 +174,10 @@ class _Bottlenecks:
             for part in batch.split(1):
                 self.add(part)
             return
+        grown = {place: copy.copy(self.moments.get(place) or _Moments()) for place in maps}
         for place, x in maps.items():
-            self.moments.setdefault(place, _Moments()).add(x)
+            grown[place].add(x)
+        self.moments |= grown  # all or, where memory is full, none
         self.batches.append((batch, captured.recording, list(maps)))
         self.samples += batch.samples
 

@@ -10,11 +10,14 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from attrfast.criteria import Criterion
 from attrfast.engine import check_options
 from attrfast.errors import InputError
 from attrfast.finetune import FineTune
 from attrfast.names import NamedData
+from attrfast.portions import parse_memory
 from attrfast.stopping import check_stop
 from attrfast.targets import Asked
 
@@ -33,7 +36,7 @@ class PruneSettings:
         train, finetune, final_finetune: epochs.
         step: filters removed in a step.
         score_batches: batches scored in a step.
-        stop, confidence: of scoring.
+        stop, confidence, memory_limit: of scoring.
         images, batch_size, image_size, loader_workers: of the data.
         tables: `train`, `finetune` or `final_finetune` -> further fields of `attrfast.FineTune`.
     """
@@ -60,6 +63,7 @@ class PruneSettings:
     score_batches: int | None = None
     stop: str | None = "auto"
     confidence: float = 0.95
+    memory_limit: str | None = None
     round_to: int = 1
     min_filters: int = 1
     ignore: tuple[str, ...] = ()
@@ -79,6 +83,7 @@ class PruneSettings:
         """
         if self.stop != "auto":
             check_stop(self.stop, self.confidence, self.step)
+        parse_memory(self.memory_limit, torch.device("cpu"))
         if self.balance not in (None, "worst_class"):
             raise InputError(f"balance must be 'worst_class', got {self.balance!r}")
         rule, _ = check_options(
