@@ -76,6 +76,7 @@ def prune(
     latency_input: Any = None,
     latency_device: str | torch.device | None = None,
     latency_cache: str | Path | None = None,
+    latency_weight: float = 0.0,
     inplace: bool = False,
     seed: int = 0,
     output_dir: str | Path | None = None,
@@ -98,9 +99,8 @@ def prune(
         max_macs, max_params: stop at this share of the original's multiply-adds or parameters, in
             (0, 1], or at this count (a whole number above 1).
         max_latency: stop when a pass of the real model takes at most this share of the original's time
-            (`"0.5x"` or 0.5) or this time (`"12ms"`), measured. Filters that cost more time then go before
-            others of the same importance, and widths are kept to those that the device likes. See
-            docs/latency.md.
+            (`"0.5x"` or 0.5) or this time (`"12ms"`), measured. Widths are then kept to those that the device
+            likes. See docs/latency.md.
         max_accuracy_drop: stop before top-1 has fallen by more than this share (0.01 is one point); the
             last model within it is the result.
         filters_per_step: τ, how many filters go in a step at least; None: a sixteenth of all. The last
@@ -131,6 +131,8 @@ def prune(
             samples of the loader's first; None: one.
         latency_device: time there; None: where pruning runs.
         latency_cache: folder with the tables of what layers take; None: the user's folder for caches.
+        latency_weight: with `max_latency`, the power of a filter's time that its importance is divided by. 0:
+            the lowest importance goes first; 1: the lowest importance per millisecond saved.
         inplace: put the result into `model` itself, at the very end.
         seed: of fine-tuning and of the criterion `random`.
         output_dir: where every step is saved.
@@ -171,9 +173,12 @@ def prune(
         ("latency_input", latency_input),
         ("latency_device", latency_device),
         ("latency_cache", latency_cache),
+        ("latency_weight", latency_weight or None),
     ):
         if max_latency is None and value is not None:
             raise InputError(f"{name} says what max_latency is about, and there is no max_latency")
+    if not (isinstance(latency_weight, (int, float)) and 0 <= latency_weight <= 10):
+        raise InputError(f"latency_weight must be a number from 0 to 10, got {latency_weight!r}")
     tuning = as_finetune(finetune)
     final = None if final_finetune is None else as_finetune(final_finetune)
     asked = Asked(
@@ -206,7 +211,7 @@ def prune(
             timed_on = place if latency_device is None else resolve_device(model, latency_device)
             a_pass = inputs_of_a_pass(latency_input, now.example, timed_on)
             gauge = Gauge(model, a_pass, timed_on, folder=latency_cache, progress=progress)
-            now.follow(gauge)
+            now.follow(gauge, latency_weight)
     targets = asked.of(now.size())
     now.check_reachable(targets)
     count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
@@ -231,7 +236,7 @@ def prune(
     saver = None
     if output_dir is not None:
         limits = [count, round_to, min_filters, sorted(now.whole), seed]
-        timed = None if gauge is None else gauge.setting
+        timed = None if gauge is None else {**gauge.setting, "weight": latency_weight}
         settings = {"scoring": scoring, "targets": asked, "finetune": tuning, "limits": limits}
         mark = fingerprint(model, {**settings, "latency": timed})
         saver = _Saver(Path(output_dir), mark)

@@ -18,7 +18,7 @@ from attrfast.batches import Batch
 from attrfast.channels import Discovery, discover
 from attrfast.cost import CostModel, cost
 from attrfast.errors import ModelError, TargetError
-from attrfast.latency import Gauge, per_second
+from attrfast.latency import Gauge, weighed
 from attrfast.residual import ResidualBranch, find_branches, take_out
 from attrfast.selection import Block, first_filters, mask, rank, spared
 from attrfast.surgery import computes_the_same, cut, without
@@ -64,6 +64,7 @@ class Shrinking:
         self._min_filters = min_filters
         self._round_to: int | Mapping[str, int] = round_to
         self._gauge: Gauge | None = None
+        self._weight = 0.0
         rest = iter(batches)
         self._examples = [next(rest)]
 
@@ -132,12 +133,14 @@ class Shrinking:
         """A small batch."""
         return self._examples[0]
 
-    def follow(self, gauge: Gauge) -> None:
-        """From now on, what goes first is what saves most time for its importance.
+    def follow(self, gauge: Gauge, weight: float) -> None:
+        """From now on, widths are kept to those that the device likes, unless others were asked for.
 
-        Widths are kept to those that the device likes, unless others were asked for.
+        Args:
+            gauge: knows them, and what is left of the latency.
+            weight: how much the time that a unit costs counts against its importance, see `weighed`.
         """
-        self._gauge = gauge
+        self._gauge, self._weight = gauge, weight
         if self._round_to == 1:
             self._round_to = gauge.widths()
 
@@ -272,7 +275,7 @@ class Shrinking:
     def _ranked(self, importance: torch.Tensor) -> list[Block]:
         if self._gauge is not None:
             savings = self._gauge.savings(self.gates, self.found.units)
-            importance = per_second(importance, savings)
+            importance = weighed(importance, savings, self._weight)
         return rank(
             importance,
             self.found.units,

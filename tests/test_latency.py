@@ -18,7 +18,8 @@ from torch import nn
 from attrfast.batches import Batch, unpack
 from attrfast.channels import find_units
 from attrfast.errors import InputError, ModelError
-from attrfast.latency import Gauge, Limit, inputs_of_a_pass, parse_limit, per_second
+from attrfast.latency import Gauge, Limit, inputs_of_a_pass, parse_limit
+from attrfast.latency import weighed as weigh
 from attrfast.latency.clock import pass_seconds, whole_pass_seconds
 from attrfast.surgery import cut
 from attrfast.trace import trace
@@ -124,11 +125,11 @@ def test_within_the_last_block_only_what_is_done_by_channels_is_saved(
 def test_importance_is_weighed_against_cost() -> None:
     importance = torch.tensor([1.0, 1.0, 0.0, -1.0, -1.0, 1.0])
     savings = torch.tensor([1.0, 4.0, 1.0, 1.0, 4.0, 0.0], dtype=torch.float64)
-    weighed = per_second(importance, savings)
+    weighed = weigh(importance, savings, 1.0)
     assert torch.argsort(weighed).tolist() == [4, 3, 2, 1, 0, 5]
     assert weighed[2] == 0
     assert bool(torch.isfinite(weighed).all())
-    assert torch.equal(per_second(importance, torch.zeros(6)), importance)
+    assert torch.equal(weigh(importance, torch.zeros(6), 1.0), importance)
 
 
 # -- the table -------------------------------------------------------------------------------------------

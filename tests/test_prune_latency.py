@@ -84,7 +84,7 @@ def test_a_model_that_is_not_what_was_predicted_is_measured(
     left = surprise * seconds(fake, result.model) / seconds(fake, model)
     assert 0.4 < left <= 0.5
     last = result.history[-1]
-    assert last.latency == pytest.approx(surprise * last.latency_predicted, rel=0.1)
+    assert last.latency == pytest.approx(surprise * last.latency_predicted, rel=0.15)
 
 
 class OneSlowLayer(nn.Module):
@@ -103,9 +103,9 @@ class OneSlowLayer(nn.Module):
         return self.head(torch.relu(self.quick(x)).mean((2, 3)))
 
 
-def test_filters_that_cost_time_go_first(fake: FakeTime, tmp_path: Path) -> None:
+def test_filters_that_cost_time_go_first_where_time_has_weight(fake: FakeTime, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    timed = prune(OneSlowLayer(), tmp_path, max_latency=0.6, criterion="random")
+    timed = prune(OneSlowLayer(), tmp_path, max_latency=0.6, latency_weight=1.0, criterion="random")
     counted = prune(
         OneSlowLayer(),
         tmp_path,
@@ -118,6 +118,23 @@ def test_filters_that_cost_time_go_first(fake: FakeTime, tmp_path: Path) -> None
     assert gone["slow"] > 4 * gone["quick"]
     gone = {name: float((~gate).sum()) for name, gate in counted.gates.items()}
     assert gone["slow"] < 2 * gone["quick"]
+
+
+def test_without_weight_the_order_is_that_of_importance(fake: FakeTime, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = OneSlowLayer()
+    timed = prune(model, tmp_path, max_latency=0.6, criterion="l1", round_to=8)
+    left = sum(int(gate.sum()) for gate in timed.gates.values())
+    counted = prune(
+        model,
+        tmp_path,
+        max_latency=None,
+        latency_cache=None,
+        keep_ratio=left / sum(len(gate) for gate in timed.gates.values()),
+        criterion="l1",
+        round_to=8,
+    )
+    assert all(torch.equal(timed.gates[name], counted.gates[name]) for name in timed.gates)
 
 
 def test_all_targets_must_hold(fake: FakeTime, tmp_path: Path) -> None:

@@ -48,6 +48,10 @@ def prune(
     latency_device: Annotated[
         str | None, typer.Option(help="Time there.", show_default="as --device")
     ] = None,
+    latency_weight: Annotated[
+        float,
+        typer.Option(min=0, max=10, help="1: rank by importance per millisecond; 0: by importance."),
+    ] = 0.0,
     max_accuracy_drop: Annotated[
         float | None, typer.Option(help="Stop before top-1 has fallen by more (0.01 is one point).")
     ] = None,
@@ -112,6 +116,7 @@ def prune(
         max_latency=max_latency,
         latency_input=latency_input,
         latency_device=latency_device,
+        latency_weight=latency_weight,
         max_accuracy_drop=max_accuracy_drop,
         step=step,
         finetune=finetune,

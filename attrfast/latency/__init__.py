@@ -8,6 +8,6 @@ what each filter costs, and what the real model takes. Must not know what an imp
 from attrfast.latency.gauge import Gauge, Reading
 from attrfast.latency.limit import Limit, parse_limit
 from attrfast.latency.passes import inputs_of_a_pass
-from attrfast.latency.worth import per_second
+from attrfast.latency.worth import weighed
 
-__all__ = ["Gauge", "Limit", "Reading", "inputs_of_a_pass", "parse_limit", "per_second"]
+__all__ = ["Gauge", "Limit", "Reading", "inputs_of_a_pass", "parse_limit", "weighed"]

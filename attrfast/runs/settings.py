@@ -52,6 +52,7 @@ class PruneSettings:
     max_latency: str | None = None
     latency_input: int | None = None
     latency_device: str | None = None
+    latency_weight: float = 0.0
     max_accuracy_drop: float | None = None
     step: int | None = None
     finetune: int = 1

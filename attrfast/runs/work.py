@@ -102,6 +102,7 @@ def carry_out(
             max_latency=settings.max_latency,
             latency_input=settings.latency_input,
             latency_device=settings.latency_device,
+            latency_weight=settings.latency_weight,
             max_accuracy_drop=settings.max_accuracy_drop,
             filters_per_step=settings.step,
             val_loader=splits.val,
