@@ -124,7 +124,8 @@ def attribute(
             read gradients; None takes the criterion's own.
         max_batches: read no more batches than this.
         microbatch: run at most this many samples at once. The scores do not depend on it. Where memory is
-            full, what did not fit runs again in halves, down to one sample.
+            full, what did not fit runs again in halves, and a sample that does not fit in segments of a
+            pass.
         memory_limit: what a pass may take over what is taken before it: `"512MB"`, `"1.5GiB"`, bytes, or a
             share of the device's memory (0.25 or `"25%"`). As many samples run at once as fit, by the sizes
             of the model's tensors at first and then by what is measured: torch's allocator on CUDA, on a

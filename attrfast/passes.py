@@ -151,6 +151,7 @@ class Pass:
             limit=memory_limit,
             planned=bytes_per_sample(found.record, plan),
             release=self._give_back,
+            shrink=self._more_segments,
         )
         self.samples, self.classes = 0, 0
         self._class_samples: torch.Tensor | None = None
@@ -190,6 +191,10 @@ class Pass:
     def _give_back(self) -> None:
         for run in self.runs:
             run.runner.give_back()
+
+    def _more_segments(self) -> bool:
+        shorter = [run.runner.more_segments() for run in self.runs]
+        return any(shorter)
 
     def _rows(self, batch: Batch, first: int) -> list[torch.Tensor]:
         """(n, U) for each tally that is shared, sample by sample where a layer mixes samples."""

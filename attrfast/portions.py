@@ -53,6 +53,7 @@ class Portions:
         limit: what may be taken; None: all there is.
         planned: bytes a sample takes, roughly.
         release: gives back memory that is kept between portions.
+        shrink: lets a sample take less, where one is too much; False where that is not possible.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Portions:
         limit: Limit | None = None,
         planned: float = 0.0,
         release: Callable[[], None] = lambda: None,
+        shrink: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._device, self._most, self._limit, self._release = device, most, limit, release
+        self._device, self._most, self._limit = device, most, limit
+        self._release, self._shrink = release, shrink
         self._size = most
         self._warned = self._measured = False
         if limit is not None and planned > 0:
@@ -91,8 +94,9 @@ class Portions:
             if self._fits(part, work):
                 self._learn(part.samples)
                 continue
-            self._most = self._size = math.ceil(part.samples / 2)
-            log.debug("memory was full: %d samples at once from here on", self._size)
+            if part.samples > 1:
+                self._most = self._size = math.ceil(part.samples / 2)
+                log.debug("memory was full: %d samples at once from here on", self._size)
             rest.insert(0, part)
 
     def _fits(self, part: Batch, work: Callable[[Batch], None]) -> bool:
@@ -102,7 +106,7 @@ class Portions:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
-            if part.samples == 1:
+            if part.samples == 1 and not self._shrink():
                 raise OutOfMemoryError(
                     f"memory on {self._device} does not hold the pass of one sample: {error}. Make the "
                     f"inputs smaller, free memory, or choose another device"
@@ -117,7 +121,7 @@ class Portions:
             return
         limit = self._limit.bytes
         took = max(1, _peak(self._device) - self._limit.base)
-        if took > limit and samples == 1 and not self._warned:
+        if took > limit and samples == 1 and not self._shrink() and not self._warned:
             self._warned = True
             warnings.warn(
                 f"one sample takes {took / 1e6:,.0f} MB, more than memory_limit ({limit / 1e6:,.0f} MB)",

@@ -6,6 +6,7 @@ of its own. Must not know about loaders, criteria or reductions.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,11 +17,13 @@ from torch import nn
 
 from attrfast.buffers import Buffers
 from attrfast.channels import Discovery
+from attrfast.errors import ModelError
 from attrfast.following import PlanMismatchError
 from attrfast.fused import PlanMode
 from attrfast.graph import Plan, make_plan
 from attrfast.map_statistics import Counted, Source
 from attrfast.matrix import Columns, ScoreMatrix
+from attrfast.segments import Boundary, boundaries, in_segments, spread
 from attrfast.taps import TapMode
 from attrfast.trace import shown
 from attrfast.units import reader_weights
@@ -63,6 +66,8 @@ class Runner:
         }
         state = {name: p for p, name in _state(model)}
         self.readers = {id(state[w]): self.columns[name] for w, name in self.weights.items()}
+        self.record, self.segments = found.record, 1
+        self._places: list[Boundary] | None = None
         self.plan: Plan | None = None
         if fused and not absolute:
             self.plan = make_plan(found, self.weights, guided=guided)
@@ -74,6 +79,16 @@ class Runner:
             self.values = {
                 v: Columns(self.plan.channels[v][1], count, self.device) for v in sorted(taps)
             }
+
+    def more_segments(self) -> bool:
+        """From now on, keeps activations of half as long a part of the pass; False where no part is shorter."""
+        if self._places is None:
+            self._places = boundaries(self.record)
+        if self.segments > len(self._places):
+            return False
+        self.segments = 2 * self.segments
+        log.debug("the pass runs in %d segments from here on", self.segments)
+        return True
 
     def give_back(self) -> None:
         """Gives back memory that is kept from batch to batch."""
@@ -119,6 +134,8 @@ class Runner:
         Raises:
             PlanMismatchError: raised by the mode that `watch` made.
         """
+        if self.segments > 1:
+            return self._in_segments(forward, objectives, samples, scale, watch)
         if self.plan is not None:
             try:
                 return self._forward(forward, objectives, samples, scale, watch, self.plan)
@@ -126,6 +143,44 @@ class Runner:
                 log.debug("the call tier runs from here on: %s", mismatch)
                 self.plan = None
         return self._forward(forward, objectives, samples, scale, watch, None)
+
+    def _in_segments(
+        self,
+        forward: Callable[[], Any],
+        objectives: Callable[[Any], Sequence[torch.Tensor]],
+        samples: int,
+        scale: float,
+        watch: Watch | None,
+    ) -> Iterator[torch.Tensor]:
+        assert self._places is not None
+        if watch is not None:
+            with torch.no_grad(), watch(_AsTheyAre()):
+                output = forward()
+            if not torch.is_grad_enabled():  # no objective
+                return iter(objectives(output))
+        try:
+            found = in_segments(
+                self.model,
+                self.record,
+                spread(self.record, self._places, self.segments),
+                self.readers,
+                functools.partial(self._matrix, samples),
+                forward,
+                objectives,
+                scale,
+                guided=self.guided,
+                device=self.device,
+            )
+        except PlanMismatchError as mismatch:
+            raise ModelError(
+                f"memory does not hold a sample's pass in one piece, and it can't be run in segments, as the "
+                f"model goes another way than when it was recorded: {mismatch}. Raise memory_limit, free "
+                f"memory, or make the inputs smaller"
+            ) from mismatch
+        return iter(found)
+
+    def _matrix(self, samples: int) -> ScoreMatrix:
+        return ScoreMatrix(len(self.units), samples, device=self.device, absolute=self.absolute)
 
     def _forward(
         self,
@@ -136,7 +191,7 @@ class Runner:
         watch: Watch | None,
         plan: Plan | None,
     ) -> Iterator[torch.Tensor]:
-        matrix = ScoreMatrix(len(self.units), samples, device=self.device, absolute=self.absolute)
+        matrix = self._matrix(samples)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         if self.buffers is not None:
             self.buffers.next_batch()
