@@ -150,6 +150,7 @@ class Pass:
             most=microbatch,
             limit=memory_limit,
             planned=bytes_per_sample(found.record, plan),
+            comfort=_comfort(model) if device.type == "cpu" else None,
             release=self._give_back,
             shrink=self._more_segments,
         )
@@ -348,6 +349,14 @@ class Pass:
                 f"the data and the weights, or leave out amp_dtype"
             )
         return raw.to(torch.float64)
+
+
+def _comfort(model: nn.Module) -> float:
+    """Bytes of activations above which a CPU loses next to nothing by running a batch in parts.
+
+    Every part has every weight laid out anew, so it should have activations to match.
+    """
+    return max(64e6, 0.6 * sum(p.nbytes for p in model.parameters()))
 
 
 def _first_of(objective: Objective, output: Any, batch: Batch) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import confident as confident_benchmark
 from benchmarks import kernels as kernel_benchmark
 from benchmarks import latency as latency_benchmark
 from benchmarks import latency_report, picture, report
@@ -131,14 +132,35 @@ def latency(
     report.show(latency_report.sheets(results))
 
 
+@app.command()
+def confident(
+    network: Annotated[list[str], typer.Option(help="Networks that are trained.")] = [  # noqa: B006
+        *confident_benchmark.NETWORKS
+    ],
+    criterion: Annotated[str, typer.Option(help="What filters are scored by.")] = "attribution",
+    epochs: Annotated[int, typer.Option(min=0, help="Of training.")] = 2,
+    orders: Annotated[int, typer.Option(min=1, help="Random orders of the training set.")] = 10,
+) -> None:
+    """How many samples of Fashion-MNIST are read until the lowest filters are settled."""
+    results = report.read("confident.json")
+    for name in network:
+        report.say(f"confident: {name}")
+        results[name] = confident_benchmark.measure(name, criterion, epochs=epochs, orders=orders)
+        report.write("confident.json", results)
+        _publish()
+    report.show([report.confident_sheet(results)])
+
+
 def _publish() -> None:
     """Draws the picture and writes the tables of all results that are there."""
     passes, kernels = report.read("passes.json"), report.read("kernels.json")
-    recorded = report.read("recorder.json")
+    recorded, settled = report.read("recorder.json"), report.read("confident.json")
     sheets = [sheet for result in passes.values() for sheet in report.pass_sheets(result)]
     if kernels:
         sheets += report.kernel_sheets(kernels)
     sheets += [report.recorder_sheet(result) for result in recorded.values()]
+    if settled:
+        sheets.append(report.confident_sheet(settled))
     report.write_markdown(sheets)
     if passes:
         picture.draw(passes, report.RESULTS / "passes.png")

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import kernels, machine, passes, recorder
+from benchmarks import confident, kernels, machine, passes, recorder
 from benchmarks.quiet import LIMIT
 
 RESULTS = Path(__file__).parent / "results"
@@ -106,6 +106,40 @@ def recorder_sheet(result: dict[str, Any]) -> Sheet:
         seconds = (f"{row[key]:.2f} s" for key in ("plain_seconds", "recorded_seconds"))
         limit = f"× {recorder.LIMIT:.2f}"
         sheet.rows.append([layout, *seconds, f"{row['ratio']:.3f}", limit, row["verdict"]])
+    return sheet
+
+
+def confident_sheet(results: dict[str, Any]) -> Sheet:
+    """What `stop="confident"` reads, network by network."""
+    first = next(iter(results.values()))
+    sheet = Sheet(
+        'Samples that `stop="confident"` reads of Fashion-MNIST',
+        ["", "filters", "asked about", "of samples", "read", "times fewer", "same filters", ""],
+        [
+            f"{first['criterion']}, confidence 0.95, {len(first['orders'])} random orders of the training set "
+            f"after {first['epochs']} epochs of training: mean (range). “Same”: of the lowest filters, those "
+            f"that all samples choose as well; at least {confident.SAME:.0%} and {confident.FEWER:g} times "
+            f"fewer asked.",
+            machine.one_line(first["machine"]),
+        ],
+    )
+    for name, found in results.items():
+        read = [row["samples"] for row in found["orders"]]
+        same = [row["same"] / found["lowest"] for row in found["orders"]]
+        fewer = found["samples"] * len(read) / sum(read)
+        good = sum(same) / len(same) >= confident.SAME
+        sheet.rows.append(
+            [
+                name,
+                f"{found['units']:,}",
+                f"{found['lowest']}",
+                f"{found['samples']:,}",
+                f"{sum(read) / len(read):,.0f} ({min(read):,} to {max(read):,})",
+                f"{fewer:.1f}",
+                f"{sum(same) / len(same):.1%} ({min(same):.1%} to {max(same):.1%})",
+                "held" if good and fewer >= confident.FEWER else "missed",
+            ]
+        )
     return sheet
 
 

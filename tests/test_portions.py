@@ -193,6 +193,22 @@ def test_portions_grow_to_the_limit_and_stay_there(
         assert fixed + 10 * max(memory.seen) <= 1000
 
 
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [(1, [1]), (10, [10]), (11, [6, 5]), (35, [9, 9, 9, 8]), (400, [100] * 4)],
+)
+def test_a_large_batch_is_parted_into_four_at_most(samples: int, expected: list[int]) -> None:
+    seen: list[int] = []
+    portions = Portions(CPU, planned=10.0, comfort=100.0)
+    portions.run(batch_of(samples), lambda part: seen.append(part.samples))
+    assert seen == expected
+    seen.clear()
+    portions = Portions(CPU, planned=10.0, comfort=100.0, most=7)
+    portions.run(batch_of(samples), lambda part: seen.append(part.samples))
+    assert sum(seen) == samples
+    assert max(seen) <= 7
+
+
 def test_a_limit_that_was_passed_makes_portions_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = _Memory(monkeypatch)
     portions = Portions(CPU, limit=Limit(300, 100), planned=1.0)
