@@ -23,10 +23,10 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2*
 _TEXT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]+|%)\s*", re.IGNORECASE)
 
 _PARTS = 4  # at most, of a batch that is parted for comfort
-_CAUTION = 0.8  # of the limit is made use of
+_CAUTION = 0.75  # of the limit is made use of
 _FIRST = 0.5  # of what the plan allows, as long as nothing has been measured
 _GROWTH = 2.0  # at most, from one portion to the next
-_WORTH = 1.1  # a portion grows by this much or not at all: other sizes need other memory
+_WORTH = 1.5  # a portion grows by this much or not at all: with every size, heaps get more holes
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,11 @@ class Portions:
             OutOfMemoryError: memory does not hold one sample.
         """
         parts = min(_PARTS, math.ceil(batch.samples * self._parts_per_sample))
-        rest = list(batch.split(math.ceil(batch.samples / max(1, parts))))
+        rest = _parted(batch, max(1, parts))
         while rest:
             part = rest.pop(0)
             if self._size is not None and part.samples > self._size:
-                first, *others = part.split(self._size)
-                rest = [first, *others, *rest]
+                rest = [*_parted(part, math.ceil(part.samples / self._size)), *rest]
                 continue
             if self._limit is not None:
                 self._measured = _forget_peak(self._device)
@@ -135,9 +134,7 @@ class Portions:
                 stacklevel=2,
             )
         fitting = min(_CAUTION * limit * samples / took, _GROWTH * samples)
-        size = samples if self._size is None else self._size
-        # The last portion of a batch may be small: what it took says little of larger ones.
-        if took > limit or (samples >= size and fitting >= _WORTH * samples):
+        if took > limit or fitting >= _WORTH * (self._size or samples):
             self._resize(fitting)
 
     def _resize(self, samples: float) -> None:
@@ -152,6 +149,11 @@ class Portions:
         self._release()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _parted(batch: Batch, count: int) -> list[Batch]:
+    """So many parts of about the same size, which all fit into the same memory."""
+    return list(batch.split(math.ceil(batch.samples / count)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
