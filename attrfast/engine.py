@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from attrfast.batches import Batch, check_iterable, resolve_device, unpack
 from attrfast.channels import Discovery, discover
+from attrfast.checkpoint import fingerprint
 from attrfast.criteria import (
     MEAN,
     REDUCTIONS,
@@ -25,8 +26,10 @@ from attrfast.criteria import (
     Reduction,
     get_criterion,
 )
+from attrfast.distributed import together
 from attrfast.errors import InputError, ModelError
 from attrfast.passes import Pass
+from attrfast.pooling import pool
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
 from attrfast.trace import preserved
 from attrfast.units import Units
@@ -52,6 +55,7 @@ def attribute(
     progress: bool = ...,
     seed: int = ...,
     units: Units | Discovery | None = ...,
+    distributed: bool = ...,
 ) -> Scores: ...
 
 
@@ -73,6 +77,7 @@ def attribute(
     progress: bool = ...,
     seed: int = ...,
     units: Units | Discovery | None = ...,
+    distributed: bool = ...,
 ) -> dict[str, Scores]: ...
 
 
@@ -93,6 +98,7 @@ def attribute(
     progress: bool = True,
     seed: int = 0,
     units: Units | Discovery | None = None,
+    distributed: bool = True,
 ) -> Scores | dict[str, Scores]:
     """Scores every filter of a model by how much it contributes, in one pass over the data.
 
@@ -116,6 +122,9 @@ def attribute(
         seed: of what a criterion draws at random (`random`, `iba`).
         units: the model's units, if they are known from an earlier call; with the pass that they were
             found in (`attrfast.channels.discover`), no other is recorded.
+        distributed: where `torch.distributed` has a default group, score together with its other
+            processes: each reads its own loader, a shard of the data (none, perhaps; `max_batches` counts
+            its own), and all get the scores of the whole. See docs/distributed.md.
 
     Returns:
         Scores: one value a filter, by the names of the convolutions. For a list of criteria, a dict with
@@ -126,8 +135,9 @@ def attribute(
         ModelError: the model cannot be scored.
         NumericalError: an activation, the objective or a gradient is not finite.
         BackendError: the device does not exist here.
+        DistributedError: another process failed, died, did not come in time, or scores something else.
     """
-    together = criterion if isinstance(criterion, (list, tuple)) else (criterion,)
+    asked = criterion if isinstance(criterion, (list, tuple)) else (criterion,)
     chosen = [
         check_options(
             one,
@@ -138,7 +148,7 @@ def attribute(
             by_class=by_class,
             classes=classes,
         )
-        for one in together
+        for one in asked
     ]
     names = _distinct([rule for rule, _ in chosen])
     measured = [(rule, how) for rule, how in chosen if rule.needs_data]
@@ -152,14 +162,16 @@ def attribute(
     if any(p.device != place for p in model.parameters()):
         model = copy.deepcopy(model).to(place)
     running: Pass | None = None
+    found: Discovery | None = None
     # Whatever region the caller is in: gradients are recorded, and amp_dtype alone says what is autocast.
     with (
+        together(distributed) as group,
         preserved(model),
         torch.inference_mode(False),
         torch.autocast(place.type, enabled=False),
     ):
         model.eval()
-        for batch in _batches(loader, place, max_batches, progress and bool(measured)):
+        for batch in _batches(loader, place, max_batches, progress and bool(measured) and group.first):
             if running is None:
                 found = _discover(model, batch, units)
                 if not measured:
@@ -174,15 +186,26 @@ def attribute(
                     by_class=by_class,
                     classes=classes or (),
                     seed=seed,
-                    progress=progress,
+                    progress=progress and group.first,
                 )
+                if not group.alone:
+                    running.check_adds_up()
             wanted = batch if classes is None else batch.of_classes(classes)
             for part in [] if wanted is None else wanted.split(microbatch or wanted.samples):
                 running.add(part)
+        mark = ""
+        if not group.alone:
+            rules = [(rule, how.name) for rule, how in chosen]
+            scored = [rules, loss_fn, normalize, amp_dtype, by_class, classes, seed]
+            mark = fingerprint(model, {"scored": scored})
+        holders = pool(running, None if found is None else found.units, group, mark)
         if running is not None and running.samples == 0:
             raise InputError(f"the loader holds no sample of the classes {list(classes or ())}")
         found_out = iter(running.results() if running is not None else ())
-        results = {}
+        results: dict[str, Scores] = {}
+        if found is None:  # this process had no data
+            results = group.from_rank("scores", holders[0], None)
+            return results if asked is criterion else results[names[0]]
         wide = any(p.dtype == torch.float64 for p in model.parameters())
         for name, (rule, how) in zip(names, chosen, strict=True):
             if rule.needs_data:
@@ -200,7 +223,9 @@ def attribute(
                 by_class=None if table is None else _comparable(table, found.units, normalize, wide),
                 class_samples=running.class_samples if running else None,
             )
-    return results if together is criterion else results[names[0]]
+        if len(holders) < group.size:
+            group.from_rank("scores", holders[0], results)
+    return results if asked is criterion else results[names[0]]
 
 
 def check_options(
@@ -287,15 +312,8 @@ def _batches(
     loader: Iterable[Any], device: torch.device, limit: int | None, progress: bool
 ) -> Iterator[Batch]:
     check_iterable(loader)
-    seen = 0
     bar = tqdm(loader, desc="scoring", total=limit, leave=False, disable=None if progress else True)
-    for raw in bar:
+    for seen, raw in enumerate(bar, 1):
         yield unpack(raw, device)
-        seen += 1
         if seen == limit:
             break
-    if seen == 0:
-        raise InputError(
-            "the loader gave no batch; pass a non-empty iterable of (input, label) batches (a generator "
-            "can be read only once)"
-        )

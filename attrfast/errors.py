@@ -33,3 +33,7 @@ class NumericalError(AttrfastError, ArithmeticError):
 
 class TargetError(AttrfastError, ValueError):
     """A pruning target cannot be reached; the message says how close it gets."""
+
+
+class DistributedError(AttrfastError, RuntimeError):
+    """Another of the processes that work together failed, died or did not come in time."""
