@@ -24,6 +24,7 @@ from attrfast import checkpoint as checkpoints
 from attrfast.batches import Batch, reiterable, resolve_device, unpack
 from attrfast.checkpoint import Checkpoint, fingerprint
 from attrfast.criteria import Criterion, TrainedCriterion
+from attrfast.distributed import Group, together
 from attrfast.engine import attribute, check_options
 from attrfast.errors import AttrfastError, InputError
 from attrfast.evaluate import Evaluation, evaluate
@@ -77,6 +78,7 @@ def prune(
     resume: bool = False,
     progress: bool = True,
     callback: Callable[[Step, nn.Module], None] | None = None,
+    distributed: bool = True,
 ) -> PruneResult:
     """Removes the least important filters, step by step, until the model is as small as asked.
 
@@ -127,6 +129,10 @@ def prune(
         resume: go on from the last step saved in `output_dir`, if there is one.
         progress: show a bar when standard error is a terminal.
         callback: called with the new row and the model after every step.
+        distributed: where `torch.distributed` has a default group, prune together with its other
+            processes: each reads its own loaders, shards of the data, scores and evaluations are added up,
+            fine-tuning goes by DistributedDataParallel, and all get the same model. Only the first writes
+            `output_dir`. See docs/distributed.md.
 
     Returns:
         PruneResult: the smaller model, the history, and which filters are left.
@@ -137,6 +143,7 @@ def prune(
         ModelError: nothing can be pruned.
         NumericalError: something is not finite.
         BackendError: the device does not exist here.
+        DistributedError: another process failed, died, did not come in time, or prunes something else.
     """
     if balance not in (None, "worst_class"):
         raise InputError(f"balance must be 'worst_class' or None, got {balance!r}")
@@ -167,91 +174,109 @@ def prune(
         )
     if resume and output_dir is None:
         raise InputError("resume=True needs output_dir, the folder with the steps that were saved")
-    place = resolve_device(model, device)
-    user_model, model = model, getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
-    loader = reiterable(loader)
-    validation = loader if val_loader is None else reiterable(val_loader)
-    with seeded(seed, [loader], place):
-        now = Shrinking(
-            model,
-            _examples(loader, place),
-            place,
-            min_filters=min_filters,
-            round_to=round_to,
-            ignore=ignore,
+    with together(distributed) as group:
+        place, progress = resolve_device(model, device), progress and group.first
+        if rule.trains and not group.alone:
+            raise InputError(
+                f"the criterion {rule.name!r} trains, which it does in one process alone; prune in one "
+                f"(distributed=False), or by a criterion that does not train"
+            )
+        user_model, model = model, getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
+        loader = reiterable(loader)
+        validation = loader if val_loader is None else reiterable(val_loader)
+        with seeded(seed, [loader], place):
+            now = Shrinking(
+                model,
+                _examples(loader, place, group),
+                place,
+                min_filters=min_filters,
+                round_to=round_to,
+                ignore=ignore,
+            )
+            if isinstance(rule, TrainedCriterion):
+                now.spare(rule.unscorable(now.model, now.found.units))
+            gauge = None
+            if max_latency is not None:
+                timed_on = place if latency_device is None else resolve_device(model, latency_device)
+                a_pass = inputs_of_a_pass(latency_input, now.example, timed_on)
+                gauge = Gauge(
+                    model, a_pass, timed_on, folder=latency_cache, progress=progress, group=group
+                )
+                now.follow(gauge)
+        targets = asked.of(now.size())
+        now.check_reachable(targets)
+        count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
+        scoring = {
+            "criterion": rule,
+            "loss_fn": loss_fn,
+            "normalize": normalize,
+            "reduction": reduction,
+            "max_batches": max_batches,
+            "microbatch": microbatch,
+            "amp_dtype": amp_dtype,
+            "by_class": balance is not None,
+            "classes": None if classes is None else sorted(set(classes)),
+        }
+        saver = None
+        if output_dir is not None or not group.alone:
+            limits = [count, round_to, min_filters, sorted(now.whole), seed]
+            timed = None if gauge is None else gauge.setting
+            settings = {"scoring": scoring, "targets": asked, "finetune": tuning, "limits": limits}
+            mark = fingerprint(model, {**settings, "latency": timed})
+            group.require_same(
+                "pruning",
+                mark,
+                "it has another model, or other arguments of prune; give all processes the same",
+            )
+            if output_dir is not None:
+                saver = _Saver(Path(output_dir), mark, group)
+        loop = _Loop(
+            now=now,
+            gauge=gauge,
+            loader=loader,
+            validation=validation,
+            targets=targets,
+            count=count,
+            scoring=scoring,
+            tuning=tuning,
+            loss_fn=loss_fn,
+            device=place,
+            seed=seed,
+            progress=progress,
+            group=group,
         )
-        if isinstance(rule, TrainedCriterion):
-            now.spare(rule.unscorable(now.model, now.found.units))
-        gauge = None
-        if max_latency is not None:
-            timed_on = place if latency_device is None else resolve_device(model, latency_device)
-            a_pass = inputs_of_a_pass(latency_input, now.example, timed_on)
-            gauge = Gauge(model, a_pass, timed_on, folder=latency_cache, progress=progress)
-            now.follow(gauge)
-    targets = asked.of(now.size())
-    now.check_reachable(targets)
-    count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
-    scoring = {
-        "criterion": rule,
-        "loss_fn": loss_fn,
-        "normalize": normalize,
-        "reduction": reduction,
-        "max_batches": max_batches,
-        "microbatch": microbatch,
-        "amp_dtype": amp_dtype,
-        "by_class": balance is not None,
-        "classes": None if classes is None else sorted(set(classes)),
-    }
-    saver = None
-    if output_dir is not None:
-        limits = [count, round_to, min_filters, sorted(now.whole), seed]
-        timed = None if gauge is None else gauge.setting
-        settings = {"scoring": scoring, "targets": asked, "finetune": tuning, "limits": limits}
-        mark = fingerprint(model, {**settings, "latency": timed})
-        saver = _Saver(Path(output_dir), mark)
-    loop = _Loop(
-        now=now,
-        gauge=gauge,
-        loader=loader,
-        validation=validation,
-        targets=targets,
-        count=count,
-        scoring=scoring,
-        tuning=tuning,
-        loss_fn=loss_fn,
-        device=place,
-        seed=seed,
-        progress=progress,
-    )
-    loop.start(saver.load() if saver is not None and resume else None)
-    stopped = loop.run(saver, callback)
-    if final is not None and len(loop.history) > 1:
-        loop.tune_again(final)
-    smaller = loop.best
-    if inplace:
-        install(model, smaller, loop.best_taken)
-        smaller = user_model
-    return PruneResult(
-        smaller,
-        loop.history,
-        loop.best_gates,
-        rule.name,
-        stopped,
-        original=None if inplace else model,
-    )
+        loop.start(saver.load() if saver is not None and resume else None)
+        stopped = loop.run(saver, callback)
+        if final is not None and len(loop.history) > 1:
+            loop.tune_again(final)
+        smaller = loop.best
+        if inplace:
+            install(model, smaller, loop.best_taken)
+            smaller = user_model
+        return PruneResult(
+            smaller,
+            loop.history,
+            loop.best_gates,
+            rule.name,
+            stopped,
+            original=None if inplace else model,
+        )
 
 
 @dataclass
 class _Saver:
-    """Where steps are saved, and the mark of this run."""
+    """Where steps are saved, and the mark of this run. Of several processes, the first reads and writes."""
 
     folder: Path
     mark: str
+    group: Group
 
     def load(self) -> Checkpoint | None:
-        return checkpoints.load(self.folder, self.mark)
+        return self.group.from_first("loading", lambda: checkpoints.load(self.folder, self.mark))
 
     def save(self, history: list[Step], now: Shrinking) -> None:
+        if not self.group.first:
+            return
         weights = now.model.state_dict()
         checkpoints.save(self.folder, Checkpoint(self.mark, history, now.gates, weights, now.taken))
 
@@ -272,6 +297,7 @@ class _Loop:
     device: torch.device
     seed: int
     progress: bool
+    group: Group
     history: list[Step] = dataclasses.field(default_factory=list)
 
     def start(self, saved: Checkpoint | None) -> None:
@@ -374,6 +400,7 @@ class _Loop:
                     progress=self.progress,
                     seed=self.seed + step,
                     units=found,
+                    distributed=not self.group.alone,
                     **self.scoring,
                 )
             if scores.by_class is not None:
@@ -406,6 +433,7 @@ class _Loop:
             device=self.device,
             seed=self.seed + 2 * step + 1,
             bar="fine-tuning" if self.progress else None,
+            group=self.group,
         )
 
     def tune_again(self, how: Any) -> None:
@@ -424,6 +452,7 @@ class _Loop:
                 loss_fn=self.loss_fn,
                 device=self.device,
                 progress=self.progress,
+                group=self.group,
             )
 
     def _row(self, step: int, removed: dict[str, int], seconds: tuple[float, float, float]) -> Step:
@@ -456,12 +485,18 @@ class _Loop:
         return self.gauge.read(self.now.model, self.now.gates) if step else Reading(whole, whole, 1.0)
 
 
-def _examples(loader: Iterable[Any], device: torch.device) -> Iterator[Batch]:
-    """Two samples of every batch (one, of a batch that has no more)."""
+def _examples(loader: Iterable[Any], device: torch.device, group: Group) -> Iterator[Batch]:
+    """Two samples of every batch (one, of a batch that has no more), the same in all processes."""
+
+    def own() -> Iterator[Any]:
+        for raw in loader:
+            batch = next(iter(unpack(raw, device).split(2)))
+            yield batch if group.alone else batch.portable()
+
     empty = True
-    for batch in loader:
+    for example in group.shared("examples", own()):
         empty = False
-        yield next(iter(unpack(batch, device).split(2)))
+        yield example if group.alone else unpack(example, device)
     if empty:
         raise InputError("the loader gave no batch; pass a non-empty iterable of (input, label) batches")
 
