@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -240,8 +240,3 @@ def launched(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def shard(items: Iterable[int], rank: int, size: int) -> list[int]:
-    """Every `size`-th of some indices from `rank` on: shards that differ by one at most, and share none."""
-    return list(items)[rank::size]

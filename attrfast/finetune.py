@@ -179,7 +179,7 @@ def _train(
     model.train()
     steps = Lockstep(model, group)
     for epoch in range(how.epochs):
-        set_epoch(loader, seed + epoch)
+        set_epoch(loader, seed, epoch)
         own = _usable(model, _watched(loader, bar, epoch, how.epochs, batches), device)
         while True:
             optimizer.zero_grad(set_to_none=True)

@@ -7,7 +7,7 @@ batches have run out takes part with none. Must not know of losses or optimizers
 from __future__ import annotations
 
 import contextlib
-import warnings
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +19,10 @@ from attrfast.distributed import Group
 from attrfast.errors import DistributedError
 
 _WHERE = "fine-tuning"
+# Whether a forward pass copies the first process's buffers; newer versions of torch have another name for it.
+_NEW = "forward_sync_buffers"
+_BUFFERS = _NEW if _NEW in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
+_OPTIONS: dict[str, Any] = {"find_unused_parameters": True, _BUFFERS: False}
 
 
 class Lockstep:
@@ -40,17 +44,14 @@ class Lockstep:
         self.model: nn.Module = model
         if not group.alone:
             with group.unannounced(_WHERE):
-                # Parameters that no sample uses are awaited nowhere, and nothing but gradients is exchanged.
-                self.model = DistributedDataParallel(
-                    _WithoutData(model), broadcast_buffers=False, find_unused_parameters=True
-                )
+                # Forward passes exchange nothing, and parameters that no sample uses are not waited for.
+                self.model = DistributedDataParallel(_WithoutData(model), **_OPTIONS)
 
     @contextlib.contextmanager
     def own_part(self) -> Iterator[None]:
         """What a process does by itself; if it fails here, the others stop with its reason."""
         try:
-            with _quietly():
-                yield
+            yield
         except Exception:
             if not self._group.alone:
                 with contextlib.suppress(DistributedError):
@@ -78,8 +79,7 @@ class Lockstep:
 
     def without_data(self) -> torch.Tensor:
         """The zero, 0-d, that a process without a batch goes backward from."""
-        with _quietly():
-            zero: torch.Tensor = self.model()
+        zero: torch.Tensor = self.model()
         return zero
 
     def finish(self) -> None:
@@ -116,24 +116,17 @@ class Lockstep:
         return total, failures
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without DistributedDataParallel's advice not to look for unused parameters."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-        yield
-
-
 class _WithoutData(nn.Module):
     """A model that can also run on nothing: all gradients are then zero, and no buffer changes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        # DistributedDataParallel complains where it is to expect unused parameters and finds none.
+        self.unused = nn.Parameter(torch.zeros((), device=next(model.parameters()).device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return self.model(*args, **kwargs)
-        return torch.stack(
-            [p.flatten()[:1].sum() * 0 for p in self.parameters() if p.requires_grad]
-        ).sum()
+        firsts = [p.flatten()[:1].float() for p in self.model.parameters() if p.requires_grad]
+        return 0 * torch.cat(firsts).sum()

@@ -42,10 +42,10 @@ def seeded(seed: int, loaders: Iterable[Any], device: torch.device) -> Iterator[
             generator.set_state(state)
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Tells a loader's samplers which epoch begins, where they order by it."""
+def set_epoch(loader: Any, seed: int, epoch: int) -> None:
+    """Tells a loader's samplers which epoch of a training begins, where they order by it."""
     for sampler in _epochal(loader):
-        sampler.set_epoch(epoch)
+        sampler.set_epoch((seed << 16) + epoch)
 
 
 def _epochal(loader: Any) -> list[Any]:
