@@ -20,12 +20,19 @@ DIED = "died"  # in place of a result
 _LONGEST = 90.0  # seconds, after which a test of processes has hung
 
 
-def run(work: Callable[..., Any], size: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
+def run(
+    work: Callable[..., Any],
+    size: int,
+    *arguments: Any,
+    timeout: float = 60.0,
+    wait_for: int | None = None,
+) -> list[Any]:
     """What `work(rank, size, *arguments)` returns or raises in each process, by rank.
 
     Args:
         work: found by its name in its module.
         timeout: of the group, in seconds.
+        wait_for: how many of the first processes are waited for; None: all.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["attrfast"])
@@ -39,7 +46,7 @@ def run(work: Callable[..., Any], size: int, *arguments: Any, timeout: float = 6
             theirs.close()
             pipes.append(ours)
         end = time.monotonic() + _LONGEST
-        found = [_received(pipe, end) for pipe in pipes]
+        found = [_received(pipe, end) for pipe in pipes[:wait_for]]
         for process in processes:
             process.kill()
             process.join()

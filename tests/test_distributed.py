@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -295,3 +297,164 @@ def test_a_group_in_which_a_call_failed_works_on(met: list[list[Any]]) -> None:
     expected = scored(0, 1)["together taylor"]
     for found in met:
         torch.testing.assert_close(found[-1]["raw"], expected["raw"], rtol=1e-5, atol=1e-7)
+
+
+def dying(rank: int, size: int) -> Any:
+    mine = Failing(batches(), lambda: os._exit(1), 1) if rank == 1 else batches()
+    return refused(lambda: attrfast.attribute(network(), mine, progress=False))
+
+
+def dying_in_training(rank: int, size: int) -> Any:
+    def loss(output: Any, batch: Any) -> torch.Tensor:
+        value = nn.functional.cross_entropy(output, batch[1])
+        if rank == 1 and torch.is_grad_enabled():
+            value.register_hook(lambda _: os._exit(1))
+        return value
+
+    return refused(lambda: attrfast.prune(network(), batches(), loss_fn=loss, **TUNING))
+
+
+def hanging(rank: int, size: int) -> Any:
+    def sleep() -> Any:
+        time.sleep(60)
+
+    mine = Failing(batches(), sleep, 1) if rank == 1 else batches()
+    start = time.monotonic()
+    error = refused(lambda: attrfast.attribute(network(), mine, progress=False))
+    return error, time.monotonic() - start
+
+
+def refused(call: Callable[[], Any]) -> Exception:
+    with pytest.raises(attrfast.AttrfastError) as caught:
+        call()
+    return caught.value
+
+
+@pytest.mark.parametrize("work", [dying, dying_in_training])
+def test_a_process_that_dies_stops_the_others(work: Callable[..., Any]) -> None:
+    alive, dead = ranks.run(work, 2)
+    assert dead == ranks.DIED
+    assert type(alive) is DistributedError
+    assert "rank 0 of 2 lost the others" in str(alive)
+
+
+def test_a_process_that_hangs_stops_the_others_after_the_timeout() -> None:
+    ((error, seconds),) = ranks.run(hanging, 2, timeout=2, wait_for=1)
+    assert type(error) is DistributedError
+    assert "within the group's timeout" in str(error)
+    assert 1 < seconds < 40
+
+
+def disagreeing(rank: int, size: int) -> list[Exception]:
+    mine, options = batches(), {"progress": False}
+
+    def elsewhere() -> Any:
+        if rank == 0:
+            return attrfast.attribute(network(), mine, progress=False)
+        return attrfast.prune(network(), mine, **TUNING)
+
+    def diverging(model: nn.Module, step: int) -> None:
+        for parameter in model.parameters():
+            parameter.data.add_(rank * 1e-3)
+
+    other = network()
+    other.features[0].bias.data.add_(rank)
+    sss = attrfast.criteria.SSS(epochs=1, gamma=1e-3)
+    return [
+        refused(call)
+        for call in (
+            elsewhere,
+            lambda: attrfast.attribute(network(), mine, ["taylor", "taylor_fo"][rank], **options),
+            lambda: attrfast.attribute(other, mine, **options),
+            lambda: attrfast.attribute(network(), [], **options),
+            lambda: attrfast.attribute(network(), mine, "iba", **options),
+            lambda: attrfast.prune(other, mine, **TUNING),
+            lambda: attrfast.prune(network(), mine, **{**TUNING, "keep_ratio": [0.5, 0.6][rank]}),
+            lambda: attrfast.prune(network(), mine, sss, **TUNING),
+            lambda: attrfast.prune(network(), mine, finetune=diverging, **TUNING),
+        )
+    ]
+
+
+def test_processes_that_do_not_agree_are_refused() -> None:
+    reasons = [
+        "at different places: rank 0 at 'scoring', rank 1 at 'examples'",
+        "rank 1 scores another model than rank 0, or by other arguments",
+        "rank 1 scores another model than rank 0, or by other arguments",
+        "the loader gave no batch",
+        "the criterion 'iba' is more than a sum over samples",
+        "another model, or other arguments of prune",
+        "another model, or other arguments of prune",
+        "the criterion 'sss' trains, which it does in one process alone",
+        "other weights after fine-tuning in step 1",
+    ]
+    for errors in ranks.run(disagreeing, 2):
+        for error, reason in zip(errors, reasons, strict=True):
+            assert reason in str(error)
+
+
+def apart(rank: int, size: int) -> Any:
+    """Calls of one process's own, also from within a call of all."""
+    seen = []
+
+    def callback(row: attrfast.Step, model: nn.Module) -> None:
+        seen.append(
+            attrfast.attribute(model, shard(rank, size), distributed=False, progress=False).samples
+        )
+        seen.append(attrfast.attribute(model, shard(rank, size), progress=False).samples)
+
+    alone = attrfast.attribute(network(), shard(rank, size), distributed=False, progress=False)
+    attrfast.prune(
+        network(), shard(rank, size), callback=callback, finetune=0, keep_ratio=0.9, progress=False
+    )
+    return alone.samples, seen[:2]
+
+
+def test_a_call_can_be_one_process_s_own() -> None:
+    assert ranks.run(apart, 2) == [(15, [15, 22]), (7, [7, 22])]
+
+
+def timed(rank: int, size: int, folder: Path) -> Any:
+    result = attrfast.prune(
+        network(),
+        shard(rank, size),
+        max_latency=0.9,
+        latency_cache=folder / str(rank),
+        finetune=0,
+        progress=False,
+    )
+    rows = [(row.latency, row.latency_predicted, row.latency_share) for row in result.history]
+    return rows, {name: gate.tolist() for name, gate in result.gates.items()}
+
+
+def test_one_process_measures_latency_for_all(tmp_path: Path) -> None:
+    first, second = ranks.run(timed, 2, tmp_path)
+    assert first == second
+    assert [folder.name for folder in tmp_path.iterdir()] == ["0"]
+
+
+def resumed(rank: int, size: int, folder: Path) -> Any:
+    """Cut off after a step, then gone on with; beside a run that was not cut off."""
+
+    def callback(row: attrfast.Step, model: nn.Module) -> None:
+        if row.step == 1:
+            raise ValueError("enough")
+
+    options = {**TUNING, "resume": True}
+    mine = shard(rank, size)
+    refused(
+        lambda: attrfast.prune(network(), mine, callback=callback, output_dir=folder / "cut", **options)
+    )
+    again = attrfast.prune(
+        network(), mine, output_dir=folder / f"cut{'' if rank == 0 else rank}", **options
+    )
+    whole = attrfast.prune(network(), mine, **TUNING)
+    return again.model.state_dict(), whole.model.state_dict()
+
+
+def test_a_run_goes_on_from_what_the_first_process_saved(tmp_path: Path) -> None:
+    """The others need not see its folder."""
+    for again, whole in ranks.run(resumed, 2, tmp_path):
+        assert again.keys() == whole.keys()
+        assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert not (tmp_path / "cut1").exists()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data import Subset
 
 from attrfast import data
-from attrfast.data.loaders import ImageArray, Splits, hold_out
+from attrfast.data.loaders import ImageArray, Splits, hold_out, over
 from attrfast.errors import InputError
 
 KINDS = {
@@ -96,35 +95,7 @@ def limited(splits: Splits, images: int, seed: int) -> Splits:
         return splits
     labels = whole.labels if isinstance(whole, ImageArray) else _labels(whole)
     _, chosen = hold_out(labels, images, seed)
-    return replace(splits, train=_over(splits.train, chosen, seed))
-
-
-def sharded(splits: Splits, rank: int, size: int, seed: int) -> Splits:
-    """What one of several processes reads of the training and validation images: every `size`-th."""
-
-    def part(loader: DataLoader[Any]) -> DataLoader[Any]:
-        whole: Any = loader.dataset
-        return _over(loader, torch.arange(rank, len(whole), size), seed)
-
-    return replace(splits, train=part(splits.train), val=part(splits.val))
-
-
-def _over(loader: DataLoader[Any], chosen: torch.Tensor, seed: int) -> DataLoader[Any]:
-    """The same loader over some of its images, by their indices (int64)."""
-    whole: Any = loader.dataset
-    if isinstance(whole, ImageArray):
-        part: Any = copy.copy(whole)
-        part.images, part.labels = whole.images[chosen], whole.labels[chosen]
-    else:
-        part = Subset(whole, chosen.tolist())
-    return DataLoader(
-        part,
-        batch_size=loader.batch_size,
-        shuffle=isinstance(loader.sampler, RandomSampler) and len(chosen) > 0,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    return replace(splits, train=over(splits.train, chosen, seed))
 
 
 def _labels(whole: Any) -> torch.Tensor:

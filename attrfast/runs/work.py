@@ -21,7 +21,7 @@ from attrfast.env import facts
 from attrfast.errors import InputError
 from attrfast.finetune import fine_tune
 from attrfast.map_pictures import extreme_maps
-from attrfast.names import network, pretrained, sharded
+from attrfast.names import network, pretrained
 from attrfast.pruner import Callback, prune
 from attrfast.result import PruneResult
 from attrfast.runs.folder import Figures, RunFolder
@@ -81,7 +81,7 @@ def _carried_out(
     device = torch.device(preferred_device(settings.device))
     splits = settings.opener()(settings.seed)
     if not group.alone:
-        splits = sharded(splits, group.rank, group.size, settings.seed)
+        splits = splits.shard(group.rank, group.size, settings.seed)
     model = built(settings.model, splits, settings.weights, settings.seed).to(device)
     folder.begin(settings.to_toml())
     start = group.from_first("reading the run", folder.start)
