@@ -223,6 +223,7 @@ def launched(device: torch.device) -> Iterator[None]:
 
     Raises:
         InputError: torchrun started more processes than there are GPUs.
+        DistributedError: the processes can't connect.
     """
     if not all(name in os.environ for name in _LAUNCHED) or dist.is_initialized():
         yield
@@ -235,7 +236,21 @@ def launched(device: torch.device) -> Iterator[None]:
                 f"--nproc-per-node, or give --device cpu"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COMMAND_TIMEOUT)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=COMMAND_TIMEOUT))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+            # torchrun keeps its store when it starts processes again, with the addresses of those that died
+            # (pytorch/pytorch issue 135712). It counts the starts of one machine's processes alike.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=COMMAND_TIMEOUT
+        )
+    except RuntimeError as error:
+        raise DistributedError(
+            f"the {os.environ['WORLD_SIZE']} processes can't connect ({error}); look whether all of them "
+            f"run, and which network they use (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names another)"
+        ) from error
     try:
         yield
     finally:
