@@ -237,11 +237,12 @@ def launched(device: torch.device) -> Iterator[None]:
             )
         torch.cuda.set_device(local)
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=COMMAND_TIMEOUT))
+        store, rank, size = next(dist.rendezvous("env://", timeout=COMMAND_TIMEOUT))  # type: ignore[attr-defined]
         if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
             # torchrun keeps its store when it starts processes again, with the addresses of those that died
             # (pytorch/pytorch issue 135712). It counts the starts of one machine's processes alike.
-            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"start {again}", store)  # type: ignore[attr-defined]
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=COMMAND_TIMEOUT
