@@ -85,19 +85,26 @@ def pruned(rank: int, size: int) -> dict[str, Any]:
     return found
 
 
+def both(rank: int, size: int) -> Any:
+    return scored(rank, size), pruned(rank, size)
+
+
 @functools.cache
 def everything(size: int) -> list[Any]:
+    """`both` in so many processes."""
     return ranks.run(both, size)
 
 
-def both(rank: int, size: int) -> Any:
-    return scored(rank, size), pruned(rank, size)
+@functools.cache
+def alone() -> Any:
+    """`both` in a process that knows of no group."""
+    return both(0, 1)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_scores_are_those_of_one_process(size: int) -> None:
     """Those of all criteria that are sums, by class and of some classes, for any shards."""
-    expected = scored(0, 1)
+    expected, _ = alone()
     for rank, (found, _) in enumerate(everything(size)):
         for name, scores in found.items():
             wanted = expected[name]
@@ -118,7 +125,7 @@ def test_all_processes_have_the_same_bits(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_same_filters_go_as_in_one_process(size: int) -> None:
-    expected = pruned(0, 1)
+    _, expected = alone()
     for _, found in everything(size):
         for name, (gates, rows, stopped) in found.items():
             wanted_gates, wanted_rows, wanted_stopped = expected[name]
@@ -153,12 +160,12 @@ def tuned(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 def test_fine_tuning_trains_by_the_samples_of_all_processes(tmp_path: Path) -> None:
     """A model without batch norm ends with the weights of one process, to rounding."""
-    (expected,) = [tuned(0, 1, tmp_path / "alone")["without batch norm"]]
-    found = ranks.run(tuned, 2, tmp_path)
-    for weights, _ in (part["without batch norm"] for part in found):
-        torch.testing.assert_close(weights, expected[0], rtol=1e-4, atol=1e-5)
+    expected, _ = tuned(0, 1, tmp_path / "alone")["without batch norm"]
+    found = [part["without batch norm"] for part in ranks.run(tuned, 2, tmp_path)]
+    for weights, _ in found:
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
     loaded = attrfast.load(tmp_path / "without batch norm", Functional)
-    torch.testing.assert_close(loaded.state_dict(), found[0]["without batch norm"][0], rtol=0, atol=0)
+    torch.testing.assert_close(loaded.state_dict(), found[0][0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -294,7 +301,7 @@ def test_all_stop_with_the_reason_of_the_one_that_failed(
 
 
 def test_a_group_in_which_a_call_failed_works_on(met: list[list[Any]]) -> None:
-    expected = scored(0, 1)["together taylor"]
+    expected = alone()[0]["together taylor"]
     for found in met:
         torch.testing.assert_close(found[-1]["raw"], expected["raw"], rtol=1e-5, atol=1e-7)
 
