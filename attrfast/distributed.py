@@ -215,8 +215,8 @@ def restarted() -> bool:
 
 
 @contextlib.contextmanager
-def launched(device: torch.device) -> Iterator[None]:
-    """Makes the default group of the processes that torchrun started, and ends it; without torchrun, nothing.
+def launched(device: torch.device) -> Iterator[Group]:
+    """A command that the processes which torchrun started carry out together; without it, one process does.
 
     Args:
         device: where work is done: NCCL on a GPU (that of the process's local rank), else gloo.
@@ -226,7 +226,8 @@ def launched(device: torch.device) -> Iterator[None]:
         DistributedError: the processes can't connect.
     """
     if not all(name in os.environ for name in _LAUNCHED) or dist.is_initialized():
-        yield
+        with together() as group:
+            yield group
         return
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -253,6 +254,7 @@ def launched(device: torch.device) -> Iterator[None]:
             f"run, and which network they use (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names another)"
         ) from error
     try:
-        yield
+        with together() as group:
+            yield group
     finally:
         dist.destroy_process_group()

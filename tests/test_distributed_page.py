@@ -1,4 +1,4 @@
-"""The command and the script in docs/distributed.md run as printed, and go on where a process was killed."""
+"""The commands and the script in docs/distributed.md run, and go on where a process was killed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ from attrfast import models
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "distributed.md").read_text()
 pytest.importorskip("sklearn")
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
 
 # Kills its process, once, after the first step was saved.
 MORTAL = """
@@ -70,11 +77,33 @@ def test_the_script_runs_as_printed(tmp_path: Path) -> None:
     assert sum(p.numel() for p in smaller.parameters()) > 0
 
 
+def command(name: str) -> list[str]:
+    """What stands after `torchrun` in the page's command."""
+    (line,) = re.findall(rf"^torchrun (.* attrfast {name} .*)$", PAGE, flags=re.MULTILINE)
+    return shlex.split(line)
+
+
+def test_the_command_scores_as_one_process_does(tmp_path: Path) -> None:
+    words = [*command("score"), "--images", "75", "--device", "cpu"]
+    done = torchrun(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("taylor: 75 images") == 1
+    together = json.loads((tmp_path / "scores.json").read_text())
+    (tmp_path / "scores.json").unlink()
+    alone = subprocess.run(
+        [sys.executable, *words[1:]], cwd=tmp_path, env=ENVIRONMENT, capture_output=True
+    )
+    assert alone.returncode == 0
+    for name, scores in json.loads((tmp_path / "scores.json").read_text()).items():
+        for conv, values in scores["filters"].items():
+            assert together[name]["filters"][conv] == pytest.approx(values, rel=1e-4, abs=1e-7)
+
+
 def test_the_command_goes_on_where_a_process_was_killed(tmp_path: Path) -> None:
     """The page's command, on a small network of which one process dies."""
     (tmp_path / "net.py").write_text(MORTAL)
-    (line,) = re.findall(r"```sh\n(torchrun .*?)\n```", PAGE)
-    words = shlex.split(line.replace("vgg_small --data digits", "net.py:build --data digits:8"))[1:]
+    instead = {"vgg_small": "net.py:build", "digits": "digits:8"}
+    words = [instead.get(word, word) for word in command("prune")]
     short = ["--images", "100", "--step", "4", "--device", "cpu", "--no-report"]
     done = torchrun(tmp_path, "--max-restarts=1", *words, *short, "--json")
     assert done.returncode == 0, done.stderr

@@ -95,7 +95,7 @@ def prune(
     import torch
 
     from attrfast.batches import preferred_device
-    from attrfast.distributed import launched, restarted, together
+    from attrfast.distributed import launched, restarted
     from attrfast.runs import PruneSettings, RunFolder
 
     settings = PruneSettings(
@@ -132,8 +132,7 @@ def prune(
     )
     with (
         interruptible(f"the same command with --resume goes on in {out}"),
-        launched(torch.device(preferred_device(device))),
-        together() as group,
+        launched(torch.device(preferred_device(device))) as group,
     ):
         folder = RunFolder(out, writes=group.first)
         goes_on = resume or restarted()

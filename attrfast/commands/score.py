@@ -1,4 +1,7 @@
-"""`attrfast score`: how important every filter of a network is. Exit status: as of every command."""
+"""`attrfast score`: how important every filter of a network is. Exit status: as of every command.
+
+Processes that torchrun starts work together; the first writes and tells.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ def score(
     progress: options.Progress = True,
 ) -> None:
     """Score every filter of a network by the training images of a data set."""
+    import torch
+
     from attrfast.batches import preferred_device
+    from attrfast.distributed import launched
     from attrfast.engine import attribute, check_options
     from attrfast.names import NamedData
     from attrfast.runs.folder import scores_as_json
@@ -62,13 +68,16 @@ def score(
     }
     for rule in rules:
         check_options(rule, **settings, microbatch=None, by_class=False)
-    with interruptible("nothing was written"):
+    place = preferred_device(device)
+    with interruptible("nothing was written"), launched(torch.device(place)) as group:
         splits = NamedData(data, images, loader_workers, batch_size, image_size)(seed)
         network = built(model, splits, None if weights is None else str(weights), seed)
-        place = preferred_device(device)
+        loader = splits.train if group.alone else splits.shard(group.rank, group.size, seed).train
         found = attribute(
-            network.eval(), splits.train, rules, device=place, progress=progress, seed=seed, **settings
+            network.eval(), loader, rules, device=place, progress=progress, seed=seed, **settings
         )
+    if not group.first:  # another process tells
+        return
     if out is not None:
         _write(out, found)
     if as_json:
