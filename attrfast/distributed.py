@@ -91,7 +91,7 @@ class Group:
         if self.alone:
             return sums
         moved = sums.to(self.device, copy=True)
-        with self._in_touch(where):
+        with self.in_touch(where):
             dist.all_reduce(moved)
         return moved.cpu()
 
@@ -100,7 +100,7 @@ class Group:
         self.meet(where)
         box = [item if self.rank == rank else None]
         if not self.alone:
-            with self._in_touch(where):
+            with self.in_touch(where):
                 dist.broadcast_object_list(box, src=rank)
         return cast(_T, box[0])
 
@@ -136,41 +136,39 @@ class Group:
                 self._gathered(_Note("", error=f"{type(error).__name__}: {error}"))
 
     @contextlib.contextmanager
-    def unannounced(self, where: str) -> Iterator[None]:
+    def unannounced(self) -> Iterator[None]:
         """A part in which processes exchange something else, so that one which fails can't say so.
 
         The others notice it when it ends, or by the group's timeout.
         """
         try:
             yield
-        except DistributedError:
-            raise
-        except Exception as error:
+        except Exception:
             self._parted = True
-            if isinstance(error, RuntimeError) and not self.alone:
-                raise self._lost(where, error) from error
             raise
 
     def _gathered(self, note: _Note) -> list[_Note]:
         notes: list[Any] = [None] * self.size
-        with self._in_touch(note.where):
+        with self.in_touch(note.where):
             dist.all_gather_object(notes, note)
         return notes
 
     @contextlib.contextmanager
-    def _in_touch(self, where: str) -> Iterator[None]:
+    def in_touch(self, where: str) -> Iterator[None]:
+        """A part in which a backend exchanges something.
+
+        Raises:
+            DistributedError: it can't.
+        """
         try:
             yield
         except RuntimeError as error:  # what all backends raise
             self._parted = True
-            raise self._lost(where, error) from error
-
-    def _lost(self, where: str, error: Exception) -> DistributedError:
-        return DistributedError(
-            f"rank {self.rank} of {self.size} lost the others at {where!r} ({str(error).strip()}): a "
-            f"process died, or did not come within the group's timeout. See what the others say; if one "
-            f"only needs longer, raise init_process_group(timeout=...)"
-        )
+            raise DistributedError(
+                f"rank {self.rank} of {self.size} lost the others at {where!r} ({str(error).strip()}): a "
+                f"process died, or did not come within the group's timeout. See what the others say; if one "
+                f"only needs longer, raise init_process_group(timeout=...)"
+            ) from error
 
 
 _current: ContextVar[Group | None] = ContextVar("_current", default=None)

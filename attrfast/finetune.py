@@ -5,6 +5,7 @@ With the hooks of a criterion in it, the same training finds out what to cut nex
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,7 +133,7 @@ def fine_tune(
                 _train(model, loader, how, loss_fn, device, phase or Phase(), bar, group, seed)
         else:
             try:
-                with group.unannounced("your finetune callable"):  # which may exchange things of its own
+                with group.unannounced():  # which may exchange things of its own
                     how(model, step)
             except AttrfastError:
                 raise
@@ -192,7 +193,7 @@ def _train(
                         device.type, dtype=how.amp_dtype, enabled=how.amp_dtype is not None
                     ):
                         with phase.around_forward():
-                            value = _loss(steps.model, batch, how, loss)
+                            value = steps.forward(functools.partial(_loss, model, batch, how, loss))
                         penalty = phase.penalty()
                         if penalty is not None:
                             value = value + penalty
@@ -204,7 +205,7 @@ def _train(
             if weight is None:
                 break
             with steps.common_part():
-                share = steps.without_data() if batch is None else value * weight
+                share = steps.forward(None) if batch is None else value * weight
                 torch.autograd.backward(scaler.scale(share))
                 if how.max_grad_norm is not None:
                     scaler.unscale_(optimizer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,24 +28,21 @@ _OPTIONS: dict[str, Any] = {"find_unused_parameters": True, _BUFFERS: False}
 class Lockstep:
     """The steps of one training.
 
-    For each: within `own_part` a process runs the model on its batch; `weight` then meets the others; within
-    `common_part` all go backward and change the weights.
+    For each: within `own_part` a process computes the loss of its batch, by `forward`; `weight` then meets the
+    others; within `common_part` all go backward and change the weights.
 
     Args:
         model: on its device, with a parameter to train; the same in all processes.
         group: which may be of one process; the model then trains by itself.
-
-    Attributes:
-        model: what runs forward in place of the model.
     """
 
     def __init__(self, model: nn.Module, group: Group) -> None:
-        self._bare, self._group, self._seen = model, group, 0
-        self.model: nn.Module = model
+        self._model, self._group, self._seen = model, group, 0
+        self._parallel: nn.Module | None = None
         if not group.alone:
-            with group.unannounced(_WHERE):
+            with self.common_part():
                 # Forward passes exchange nothing, and parameters that no sample uses are not waited for.
-                self.model = DistributedDataParallel(_WithoutData(model), **_OPTIONS)
+                self._parallel = DistributedDataParallel(_Losses(model), **_OPTIONS)
 
     @contextlib.contextmanager
     def own_part(self) -> Iterator[None]:
@@ -57,6 +54,14 @@ class Lockstep:
                 with contextlib.suppress(DistributedError):
                     self._met(0, failed=True)
             raise
+
+    def forward(self, loss: Callable[[], torch.Tensor] | None) -> torch.Tensor:
+        """What `loss` computes by the model, 0-d; of no loss, for want of a batch, a zero to go back from."""
+        if self._parallel is None:
+            assert loss is not None  # alone, steps end with the batches
+            return loss()
+        value: torch.Tensor = self._parallel(loss)
+        return value
 
     def weight(self, samples: int) -> float | None:
         """What this process's mean over so many samples is multiplied by; None where nobody has any left.
@@ -73,14 +78,14 @@ class Lockstep:
         # Gradients are averaged over processes, so that a weight of one is a process's fair share.
         return samples * self._group.size / total if total else None
 
-    def common_part(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def common_part(self) -> Iterator[None]:
         """From the backward pass to the new weights."""
-        return self._group.unannounced(_WHERE)
-
-    def without_data(self) -> torch.Tensor:
-        """The zero, 0-d, that a process without a batch goes backward from."""
-        zero: torch.Tensor = self.model()
-        return zero
+        with contextlib.ExitStack() as stack:
+            if not self._group.alone:
+                stack.enter_context(self._group.unannounced())
+                stack.enter_context(self._group.in_touch(_WHERE))
+            yield
 
     def finish(self) -> None:
         """Gives all processes the same buffers, once training is over.
@@ -91,18 +96,14 @@ class Lockstep:
         if self._group.alone:
             return
         seen = self._group.meet(_WHERE, self._seen)
-        buffers = list(self._bare.buffers())
+        buffers = list(self._model.buffers())
         means = [b for b in buffers if b.is_floating_point()]
         if sum(seen) and means:
             share = self._seen / sum(seen)
-            rows = [b.detach().flatten().double().cpu() for b in means]
+            mine = torch.cat([b.detach().flatten().double().cpu() for b in means])
             # A process that trained on nothing has no say, whatever stands in its buffers.
-            mine = (
-                torch.cat(rows) * share
-                if share
-                else torch.zeros(sum(map(len, rows)), dtype=torch.float64)
-            )
-            parts = torch.split(self._group.add_up(_WHERE, mine), [len(row) for row in rows])
+            mine = mine * share if share else torch.zeros_like(mine)
+            parts = torch.split(self._group.add_up(_WHERE, mine), [b.numel() for b in means])
             for buffer, part in zip(means, parts, strict=True):
                 buffer.copy_(part.view(buffer.shape))
         counts = [b for b in buffers if not b.is_floating_point()]
@@ -116,8 +117,8 @@ class Lockstep:
         return total, failures
 
 
-class _WithoutData(nn.Module):
-    """A model that can also run on nothing: all gradients are then zero, and no buffer changes."""
+class _Losses(nn.Module):
+    """The losses that a model gives, and one of nothing: all gradients are then zero, and no buffer changes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -125,8 +126,8 @@ class _WithoutData(nn.Module):
         # DistributedDataParallel complains where it is to expect unused parameters and finds none.
         self.unused = nn.Parameter(torch.zeros((), device=next(model.parameters()).device))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:
-            return self.model(*args, **kwargs)
+    def forward(self, loss: Callable[[], torch.Tensor] | None) -> torch.Tensor:
+        if loss is not None:
+            return loss()
         firsts = [p.flatten()[:1].float() for p in self.model.parameters() if p.requires_grad]
         return 0 * torch.cat(firsts).sum()

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import attrfast
-from attrfast import models
+from attrfast import cli, models
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "distributed.md").read_text()
@@ -83,17 +84,16 @@ def command(name: str) -> list[str]:
     return shlex.split(line)
 
 
-def test_the_command_scores_as_one_process_does(tmp_path: Path) -> None:
+def test_the_command_scores_as_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*command("score"), "--images", "75", "--device", "cpu"]
     done = torchrun(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("taylor: 75 images") == 1
     together = json.loads((tmp_path / "scores.json").read_text())
     (tmp_path / "scores.json").unlink()
-    alone = subprocess.run(
-        [sys.executable, *words[1:]], cwd=tmp_path, env=ENVIRONMENT, capture_output=True
-    )
-    assert alone.returncode == 0
+    monkeypatch.chdir(tmp_path)
+    alone = CliRunner().invoke(cli.app, words[2:])
+    assert alone.exit_code == 0, alone.output
     for name, scores in json.loads((tmp_path / "scores.json").read_text()).items():
         for conv, values in scores["filters"].items():
             assert together[name]["filters"][conv] == pytest.approx(values, rel=1e-4, abs=1e-7)
