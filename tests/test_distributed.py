@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import attrfast
+from attrfast.distributed import together
 from attrfast.errors import DistributedError, InputError, NumericalError
-from attrfast.finetune import FineTune
+from attrfast.finetune import FineTune, fine_tune
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -183,6 +185,30 @@ def test_fine_tuning_on_uneven_shards_ends_in_the_same_bits(size: int, tmp_path:
         assert all(torch.equal(weights[name], first[name]) for name in first)
         assert history == rows
     attrfast.load(tmp_path / "uneven", Plain)
+
+
+class Odd(Functional):
+    """Gives an object that DistributedDataParallel can't look into."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=super().forward(x))
+
+
+def trained_odd(rank: int, size: int) -> Any:
+    model = network(Odd)
+    with together() as group:
+        fine_tune(model, shard(rank, size), FineTune(), step=0, device=torch.device("cpu"), group=group)
+    return [
+        (p.detach() - q).abs().max()
+        for p, q in zip(model.parameters(), network(Odd).parameters(), strict=True)
+    ]
+
+
+def test_fine_tuning_takes_models_with_outputs_of_any_kind() -> None:
+    """Processes whose gradients were not exchanged would end with different weights, and be refused."""
+    first, second = ranks.run(trained_odd, 2)
+    assert first == second
+    assert min(first) > 0
 
 
 def sampled(rank: int, size: int) -> list[list[int]]:
