@@ -92,7 +92,7 @@ def test_the_command_scores_as_one_process_does(tmp_path: Path, monkeypatch: pyt
     together = json.loads((tmp_path / "scores.json").read_text())
     (tmp_path / "scores.json").unlink()
     monkeypatch.chdir(tmp_path)
-    alone = CliRunner().invoke(cli.app, words[2:])
+    alone = CliRunner().invoke(cli.app, words[words.index("score") :])
     assert alone.exit_code == 0, alone.output
     for name, scores in json.loads((tmp_path / "scores.json").read_text()).items():
         for conv, values in scores["filters"].items():
