@@ -10,6 +10,7 @@ from attrfast.engine import attribute
 from attrfast.errors import (
     AttrfastError,
     BackendError,
+    DistributedError,
     InputError,
     ModelError,
     NumericalError,
@@ -34,6 +35,7 @@ __all__ = [
     "BackendError",
     "Comparison",
     "Criterion",
+    "DistributedError",
     "Evaluation",
     "FineTune",
     "InputError",

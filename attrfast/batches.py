@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,10 @@ class Batch:
                 for tree in (self.raw, self.args, self.kwargs, self.labels)
             )
             yield Batch(raw, args, kwargs, labels, stop - start, self.extremes)
+
+    def portable(self) -> Any:
+        """The batch as the loader gave it, in memory of its own on the CPU: to be sent to a process."""
+        return _mapped(self.raw, lambda tensor: tensor.detach().cpu().clone())
 
     def of_classes(self, classes: Sequence[int]) -> Batch | None:
         """The samples with one of these labels, or None where there are none.
@@ -132,32 +136,40 @@ def _kind(item: Any) -> str:
 
 
 def _moved(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, torch.Tensor):
-        if tree.is_inference():
-            tree = tree.clone()  # outside inference mode, a clone may be kept for the backward pass
-        if tree.device == device:
-            return tree
-        if tree.device.type != "cpu":
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_inference():
+            tensor = tensor.clone()  # outside inference mode, a clone may be kept for the backward pass
+        if tensor.device == device:
+            return tensor
+        if tensor.device.type != "cpu":
             raise InputError(
-                f"the data is on {tree.device} and the model on {device}; move one of them, or let the "
+                f"the data is on {tensor.device} and the model on {device}; move one of them, or let the "
                 f"loader yield CPU tensors"
             )
-        return tree.to(device, non_blocking=True)
+        return tensor.to(device, non_blocking=True)
+
+    return _mapped(tree, move)
+
+
+def _mapped(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same containers with other tensors."""
+    if isinstance(tree, torch.Tensor):
+        return change(tree)
     if isinstance(tree, Mapping):
-        moved = {key: _moved(value, device) for key, value in tree.items()}
-        return moved if type(tree) is dict else _rebuilt(tree, moved)
+        changed = {key: _mapped(value, change) for key, value in tree.items()}
+        return changed if type(tree) is dict else _rebuilt(tree, changed)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_moved(item, device) for item in tree))
+        return type(tree)(*(_mapped(item, change) for item in tree))
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_moved(item, device) for item in tree)
+        return type(tree)(_mapped(item, change) for item in tree)
     return tree
 
 
-def _rebuilt(tree: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+def _rebuilt(tree: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
     try:
-        return type(tree)(moved)  # type: ignore[call-arg]
+        return type(tree)(changed)  # type: ignore[call-arg]
     except TypeError:
-        return moved
+        return changed
 
 
 def main_output(output: Any) -> torch.Tensor:

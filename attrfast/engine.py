@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from attrfast.batches import Batch, check_iterable, resolve_device, unpack
 from attrfast.channels import Discovery, discover
+from attrfast.checkpoint import fingerprint
 from attrfast.criteria import (
     MEAN,
     REDUCTIONS,
@@ -27,8 +28,10 @@ from attrfast.criteria import (
     get_criterion,
     has_own_pass,
 )
+from attrfast.distributed import together
 from attrfast.errors import InputError, ModelError
 from attrfast.passes import Pass
+from attrfast.pooling import pool
 from attrfast.portions import parse_memory
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
 from attrfast.stopping import Stop, check_stop, part_read
@@ -60,6 +63,7 @@ def attribute(
     stop: str | None = ...,
     confidence: float = ...,
     lowest: int | None = ...,
+    distributed: bool = ...,
 ) -> Scores: ...
 
 
@@ -85,6 +89,7 @@ def attribute(
     stop: str | None = ...,
     confidence: float = ...,
     lowest: int | None = ...,
+    distributed: bool = ...,
 ) -> dict[str, Scores]: ...
 
 
@@ -109,6 +114,7 @@ def attribute(
     stop: str | None = None,
     confidence: float = 0.95,
     lowest: int | None = None,
+    distributed: bool = True,
 ) -> Scores | dict[str, Scores]:
     """Scores every filter of a model by how much it contributes, in one pass over the data.
 
@@ -143,6 +149,9 @@ def attribute(
             come in random order. See `attrfast.confidence.Looks` for the test, and `Scores.undecided`.
         confidence: of `stop="confident"`, in (0, 1).
         lowest: of `stop="confident"`: how many filters will go; None: a sixteenth of all.
+        distributed: where `torch.distributed` has a default group, score together with its other
+            processes: each reads its own loader, a shard of the data (none, perhaps; `max_batches` counts
+            its own), and all get the scores of the whole. See docs/distributed.md.
 
     Returns:
         Scores: one value a filter, by the names of the convolutions. For a list of criteria, a dict with
@@ -154,8 +163,9 @@ def attribute(
         NumericalError: an activation, the objective or a gradient is not finite.
         BackendError: the device does not exist here.
         OutOfMemoryError: memory does not hold the pass of one sample.
+        DistributedError: another process failed, died, did not come in time, or scores something else.
     """
-    together = criterion if isinstance(criterion, (list, tuple)) else (criterion,)
+    asked = criterion if isinstance(criterion, (list, tuple)) else (criterion,)
     chosen = [
         check_options(
             one,
@@ -166,7 +176,7 @@ def attribute(
             by_class=by_class,
             classes=classes,
         )
-        for one in together
+        for one in asked
     ]
     names = _distinct([rule for rule, _ in chosen])
     check_stop(stop, confidence, lowest)
@@ -183,15 +193,22 @@ def attribute(
         model = copy.deepcopy(model).to(place)
     running: Pass | None = None
     early: Stop | None = None
+    found: Discovery | None = None
     # Whatever region the caller is in: gradients are recorded, and amp_dtype alone says what is autocast.
     with (
+        together(distributed) as group,
         preserved(model),
         torch.inference_mode(False),
         torch.autocast(place.type, enabled=False),
     ):
+        if stop is not None and not group.alone:
+            raise InputError(
+                "stop='confident' decides by the samples of one process; leave it out where several score "
+                "together, or score in one (distributed=False)"
+            )
         model.eval()
         for read, batch in enumerate(
-            _batches(loader, place, max_batches, progress and bool(measured)), start=1
+            _batches(loader, place, max_batches, progress and bool(measured) and group.first), start=1
         ):
             if running is None:
                 found = _discover(model, batch, units)
@@ -209,8 +226,10 @@ def attribute(
                     microbatch=microbatch,
                     memory_limit=bytes_allowed,
                     seed=seed,
-                    progress=progress,
+                    progress=progress and group.first,
                 )
+                if not group.alone:
+                    running.check_adds_up()
                 if stop is not None:
                     early = Stop(running, normalize, confidence, lowest, seed)
             wanted = batch if classes is None else batch.of_classes(classes)
@@ -218,11 +237,20 @@ def attribute(
                 running.add(wanted)
             if early is not None and early.after(batch, part_read(read, loader, max_batches)):
                 break
+        mark = ""
+        if not group.alone:
+            rules = [(rule, how.name) for rule, how in chosen]
+            scored = [rules, loss_fn, normalize, amp_dtype, by_class, classes, seed]
+            mark = fingerprint(model, {"scored": scored})
+        holders = pool(running, None if found is None else found.units, group, mark)
         if running is not None and running.samples == 0:
             raise InputError(f"the loader holds no sample of the classes {list(classes or ())}")
         found_out = iter(running.results() if running is not None else ())
         doubts = iter(early.undecided()) if early is not None else itertools.repeat(None)
-        results = {}
+        results: dict[str, Scores] = {}
+        if found is None:  # this process had no data
+            results = group.from_rank("scores", holders[0], None)
+            return results if asked is criterion else results[names[0]]
         wide = any(p.dtype == torch.float64 for p in model.parameters())
         for name, (rule, how) in zip(names, chosen, strict=True):
             if rule.needs_data:
@@ -241,7 +269,9 @@ def attribute(
                 class_samples=running.class_samples if running else None,
                 undecided=next(doubts) if rule.needs_data else None,
             )
-    return results if together is criterion else results[names[0]]
+        if len(holders) < group.size:
+            group.from_rank("scores", holders[0], results)
+    return results if asked is criterion else results[names[0]]
 
 
 def check_options(
@@ -326,15 +356,8 @@ def _batches(
     loader: Iterable[Any], device: torch.device, limit: int | None, progress: bool
 ) -> Iterator[Batch]:
     check_iterable(loader)
-    seen = 0
     bar = tqdm(loader, desc="scoring", total=limit, leave=False, disable=None if progress else True)
-    for raw in bar:
+    for seen, raw in enumerate(bar, 1):
         yield unpack(raw, device)
-        seen += 1
         if seen == limit:
             break
-    if seen == 0:
-        raise InputError(
-            "the loader gave no batch; pass a non-empty iterable of (input, label) batches (a generator "
-            "can be read only once)"
-        )

@@ -37,3 +37,7 @@ class TargetError(AttrfastError, ValueError):
 
 class OutOfMemoryError(AttrfastError, MemoryError):
     """Memory does not hold what a single sample needs."""
+
+
+class DistributedError(AttrfastError, RuntimeError):
+    """Another of the processes that work together failed, died or did not come in time."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from attrfast.batches import Batch, check_labels, main_output, unpack
+from attrfast.distributed import Group
 from attrfast.errors import InputError
 from attrfast.objective import Loss, LossFunction
 from attrfast.trace import preserved
@@ -40,6 +41,7 @@ def evaluate(
     loss_fn: LossFunction | None = None,
     device: torch.device | None = None,
     progress: bool = False,
+    group: Group | None = None,
 ) -> Evaluation:
     """Runs a model over a loader in eval mode, and leaves it as it was.
 
@@ -49,6 +51,8 @@ def evaluate(
         loss_fn: `loss_fn(output, batch)` in place of the cross-entropy.
         device: run there; None: where the model is.
         progress: show a bar when standard error is a terminal.
+        group: the processes that each run over a shard, for attrfast's own use; all get what holds for the
+            whole.
 
     Raises:
         InputError: the loader is empty, or a batch or a label is not usable.
@@ -80,10 +84,12 @@ def evaluate(
             else:
                 hits += found
             samples += batch.samples
-    if samples == 0:
+    shards = (group or Group()).meet("evaluating", (int(hits), float(total), samples, classifies))
+    right, summed, count = (sum(shard[i] for shard in shards) for i in range(3))
+    if count == 0:
         raise InputError("the loader to evaluate on gave no batch; pass a non-empty one")
-    top1 = int(hits) / samples if classifies else float("nan")
-    return Evaluation(top1, float(total) / samples, samples)
+    top1 = right / count if all(shard[3] for shard in shards) else float("nan")
+    return Evaluation(top1, summed / count, count)
 
 
 def _hits(output: Any, batch: Batch) -> torch.Tensor | None:

@@ -5,7 +5,8 @@ With the hooks of a criterion in it, the same training finds out what to cut nex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from attrfast.batches import Batch, check_labels, main_output, unpack
+from attrfast.checkpoint import fingerprint
 from attrfast.criteria import Phase
+from attrfast.distributed import Group
 from attrfast.errors import AttrfastError, InputError, NumericalError
+from attrfast.lockstep import Lockstep
 from attrfast.objective import Loss, LossFunction
-from attrfast.seeding import seeded
+from attrfast.seeding import seeded, set_epoch
 
 Parameters = Iterable[nn.Parameter]
 
@@ -104,8 +108,11 @@ def fine_tune(
     seed: int = 0,
     phase: Phase | None = None,
     bar: str | None = None,
+    group: Group | None = None,
 ) -> None:
     """Trains a model in place, and puts its training flags back.
+
+    The processes of a `group` train together, each on its own loader, and end with the same bits.
 
     `phase` hooks into the built-in training, and is not called by the user's callable. With `bar`, the
     built-in training shows a bar of this name when standard error is a terminal.
@@ -116,15 +123,18 @@ def fine_tune(
     Raises:
         AttrfastError: the user's callable raised; its error is the cause.
         NumericalError: the loss is not finite.
+        DistributedError: another process failed or is gone, or ended with other weights.
     """
+    group = group or Group()
     flags = [(module, module.training) for module in model.modules()]
     try:
         if isinstance(how, FineTune):
             with seeded(seed, [loader], device):
-                _train(model, loader, how, loss_fn, device, phase or Phase(), bar)
+                _train(model, loader, how, loss_fn, device, phase or Phase(), bar, group, seed)
         else:
             try:
-                how(model, step)
+                with group.unannounced():  # which may exchange things of its own
+                    how(model, step)
             except AttrfastError:
                 raise
             except Exception as error:
@@ -134,6 +144,13 @@ def fine_tune(
     finally:
         for module, flag in flags:
             module.training = flag
+    if not group.alone:
+        group.require_same(
+            "fine-tuning",
+            fingerprint(model, {}),
+            f"it has other weights after fine-tuning in step {step}; a finetune callable of your own must "
+            f"end with the same in all processes, for instance by DistributedDataParallel",
+        )
 
 
 def _train(
@@ -144,6 +161,8 @@ def _train(
     device: torch.device,
     phase: Phase,
     bar: str | None,
+    group: Group,
+    seed: int,
 ) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if how.epochs == 0 or not parameters:
@@ -152,44 +171,66 @@ def _train(
     if phase.parameters:
         optimizer.add_param_group({"params": [*phase.parameters], "weight_decay": 0.0})
     loss = Loss(loss_fn) if loss_fn is not None else None
-    batches = len(loader) if isinstance(loader, Sized) else None
+    # Processes whose loaders differ in length end together, and so do their schedules.
+    lengths = group.meet("fine-tuning", len(loader) if isinstance(loader, Sized) else None)
+    batches = None if None in lengths else max(lengths)
     scheduler = _scheduler(how, optimizer, batches)
     scaler = torch.amp.GradScaler(device.type, enabled=how.amp_dtype == torch.float16)
-    normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     lost, last = torch.zeros((), dtype=torch.bool, device=device), torch.zeros(())
     model.train()
+    steps = Lockstep(model, group)
     for epoch in range(how.epochs):
-        for raw in _watched(loader, bar, epoch, how.epochs, batches):
-            batch = unpack(raw, device)
-            if batch.samples == 1 and normalised:
-                continue  # a batch norm has no statistics of one sample
+        set_epoch(loader, seed, epoch)
+        own = _usable(model, _watched(loader, bar, epoch, how.epochs, batches), device)
+        while True:
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, dtype=how.amp_dtype, enabled=how.amp_dtype is not None):
-                with phase.around_forward():
-                    value = _loss(model, batch, how, loss)
-                penalty = phase.penalty()
-                if penalty is not None:
-                    value = value + penalty
-            last = value.detach()
-            lost = lost | ~torch.isfinite(last)
-            if device.type == "cpu":  # a GPU is asked once an epoch
-                _check_finite(lost, last, epoch, how)
-            torch.autograd.backward(scaler.scale(value))
-            if how.max_grad_norm is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(parameters, how.max_grad_norm)
-            phase.after_backward()
-            lr = optimizer.param_groups[0]["lr"]
-            scaler.step(optimizer)
-            scaler.update()
-            phase.after_step(lr)
-            if scheduler is not None and batches is not None:
-                scheduler.step()
-        _check_finite(lost, last, epoch, how)
+            with steps.own_part():
+                batch = next(own, None)
+                if batch is None:
+                    _check_finite(lost, last, epoch, how)
+                else:
+                    with torch.autocast(
+                        device.type, dtype=how.amp_dtype, enabled=how.amp_dtype is not None
+                    ):
+                        with phase.around_forward():
+                            value = steps.forward(functools.partial(_loss, model, batch, how, loss))
+                        penalty = phase.penalty()
+                        if penalty is not None:
+                            value = value + penalty
+                    last = value.detach()
+                    lost = lost | ~torch.isfinite(last)
+                    if device.type == "cpu":  # a GPU is asked once an epoch
+                        _check_finite(lost, last, epoch, how)
+            weight = steps.weight(0 if batch is None else batch.samples)
+            if weight is None:
+                break
+            with steps.common_part():
+                share = steps.forward(None) if batch is None else value * weight
+                torch.autograd.backward(scaler.scale(share))
+                if how.max_grad_norm is not None:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(parameters, how.max_grad_norm)
+                phase.after_backward()
+                lr = optimizer.param_groups[0]["lr"]
+                scaler.step(optimizer)
+                scaler.update()
+                phase.after_step(lr)
+                if scheduler is not None and batches is not None:
+                    scheduler.step()
         phase.after_epoch()
         if scheduler is not None and batches is None:
             scheduler.step()
+    steps.finish()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _usable(model: nn.Module, loader: Iterable[Any], device: torch.device) -> Iterator[Batch]:
+    """The batches that can be trained on: a batch norm has no statistics of one sample."""
+    normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    for raw in loader:
+        batch = unpack(raw, device)
+        if batch.samples > 1 or not normalised:
+            yield batch
 
 
 def _watched(

@@ -320,6 +320,48 @@ class Pass:
             f"there, or leave out amp_dtype"
         )
 
+    def check_adds_up(self) -> None:
+        """Refuses criteria that several processes can't measure together.
+
+        Raises:
+            InputError: a criterion's own pass is more than a sum over samples.
+        """
+        for index, own in self.own.items():
+            _total_of(own, self.tallies[index])
+
+    def sums(self, classes: int) -> torch.Tensor:
+        """All that was added up, (`numbers`,) float64 on the CPU, with so many classes."""
+        self._widen(classes)
+        return torch.cat([row.flatten().double().cpu() for row in self._added()])
+
+    def replace_sums(self, sums: torch.Tensor, classes: int) -> None:
+        """Takes what `sums` gave, added up over several passes of the same model, for its own."""
+        self._widen(classes)
+        rows = self._added()
+        parts = torch.split(sums, [row.numel() for row in rows])
+        for row, part in zip(rows, parts, strict=True):
+            row.copy_(part.view(row.shape))
+        self.samples = int(rows[0])
+        for own in self.own.values():
+            own.samples = self.samples
+
+    def _widen(self, classes: int) -> None:
+        """Makes tables for so many classes, where no sample has done so yet."""
+        self.classes = classes
+        if self.by_class and self._class_samples is None:
+            self._class_samples = torch.zeros(classes, dtype=torch.int64, device=self.device)
+            for tally in self.tallies:
+                tally.by_class = tally.total.new_zeros(classes, len(tally.total))
+
+    def _added(self) -> list[torch.Tensor]:
+        """The tensors that hold what was added up, after the number of samples."""
+        rows = [torch.tensor(self.samples)]
+        for index, tally in enumerate(self.tallies):
+            rows.append(_total_of(self.own[index], tally) if index in self.own else tally.total)
+            if tally.by_class is not None:
+                rows.append(tally.by_class)
+        return rows if self._class_samples is None else [*rows, self._class_samples]
+
     def results(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """For each tally the importance (U,), and by class (K, U), zero for classes without a sample, or None.
 
@@ -357,6 +399,22 @@ def _comfort(model: nn.Module) -> float:
     Every part has every weight laid out anew, so it should have activations to match.
     """
     return max(64e6, 0.6 * sum(p.nbytes for p in model.parameters()))
+
+
+def numbers(criteria: int, units: int, classes: int, by_class: bool) -> int:
+    """How many numbers `Pass.sums` gives."""
+    tables = classes if by_class else 0
+    return 1 + criteria * units * (1 + tables) + tables
+
+
+def _total_of(own: OwnPass, tally: Tally) -> torch.Tensor:
+    total = getattr(own, "total", None)
+    if not isinstance(total, torch.Tensor):
+        raise InputError(
+            f"the criterion {tally.criterion.name!r} is more than a sum over samples, so several processes "
+            f"can't add it up; score in one process (distributed=False), or by another criterion"
+        )
+    return total
 
 
 def _first_of(objective: Objective, output: Any, batch: Batch) -> torch.Tensor:

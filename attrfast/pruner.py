@@ -24,6 +24,7 @@ from attrfast import checkpoint as checkpoints
 from attrfast.batches import Batch, reiterable, resolve_device, unpack
 from attrfast.checkpoint import Checkpoint, fingerprint
 from attrfast.criteria import Criterion, TrainedCriterion
+from attrfast.distributed import Group, together
 from attrfast.engine import attribute, check_options
 from attrfast.errors import AttrfastError, InputError
 from attrfast.evaluate import Evaluation, evaluate
@@ -83,6 +84,7 @@ def prune(
     resume: bool = False,
     progress: bool = True,
     callback: Callable[[Step, nn.Module], None] | None = None,
+    distributed: bool = True,
 ) -> PruneResult:
     """Removes the least important filters, step by step, until the model is as small as asked.
 
@@ -115,8 +117,8 @@ def prune(
         device: run there; None: where the model is.
         stop: `"confident"` scores in every step until the lowest τ filters are settled, `None` by all
             samples, see `attribute`. `"auto"` is the former where the loader is a `DataLoader` that shuffles
-            10,000 samples or more, and no `max_batches`, `balance`, `max_latency` or criterion that measures
-            in a way of its own stands against it.
+            10,000 samples or more, and no `max_batches`, `balance`, `max_latency`, other process or criterion
+            that measures in a way of its own stands against it.
         confidence: of `stop`.
         classes: keep what these classes need: importance comes from the samples with these labels alone.
             Fine-tuning and the history go by all samples of the loaders that are given.
@@ -139,6 +141,10 @@ def prune(
         resume: go on from the last step saved in `output_dir`, if there is one.
         progress: show a bar when standard error is a terminal.
         callback: called with the new row and the model after every step.
+        distributed: where `torch.distributed` has a default group, prune together with its other
+            processes: each reads its own loaders, shards of the data, scores and evaluations are added up,
+            fine-tuning goes by DistributedDataParallel, and all get the same model. Only the first writes
+            `output_dir`. See docs/distributed.md.
 
     Returns:
         PruneResult: the smaller model, the history, and which filters are left.
@@ -149,6 +155,7 @@ def prune(
         ModelError: nothing can be pruned.
         NumericalError: something is not finite.
         BackendError: the device does not exist here.
+        DistributedError: another process failed, died, did not come in time, or prunes something else.
     """
     if balance not in (None, "worst_class"):
         raise InputError(f"balance must be 'worst_class' or None, got {balance!r}")
@@ -190,86 +197,101 @@ def prune(
         )
     if resume and output_dir is None:
         raise InputError("resume=True needs output_dir, the folder with the steps that were saved")
-    place = resolve_device(model, device)
-    parse_memory(memory_limit, place)
-    user_model, model = model, getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
-    loader = reiterable(loader)
-    validation = loader if val_loader is None else reiterable(val_loader)
-    with seeded(seed, [loader], place):
-        now = Shrinking(
-            model,
-            _examples(loader, place),
-            place,
-            min_filters=min_filters,
-            round_to=round_to,
-            ignore=ignore,
+    with together(distributed) as group:
+        place, progress = resolve_device(model, device), progress and group.first
+        parse_memory(memory_limit, place)
+        if rule.trains and not group.alone:
+            raise InputError(
+                f"the criterion {rule.name!r} trains, which it does in one process alone; prune in one "
+                f"(distributed=False), or by a criterion that does not train"
+            )
+        user_model, model = model, getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
+        loader = reiterable(loader)
+        validation = loader if val_loader is None else reiterable(val_loader)
+        with seeded(seed, [loader], place):
+            now = Shrinking(
+                model,
+                _examples(loader, place, group),
+                place,
+                min_filters=min_filters,
+                round_to=round_to,
+                ignore=ignore,
+            )
+            if isinstance(rule, TrainedCriterion):
+                now.spare(rule.unscorable(now.model, now.found.units))
+            gauge = None
+            if max_latency is not None:
+                timed_on = place if latency_device is None else resolve_device(model, latency_device)
+                a_pass = inputs_of_a_pass(latency_input, now.example, timed_on)
+                gauge = Gauge(
+                    model, a_pass, timed_on, folder=latency_cache, progress=progress, group=group
+                )
+                now.follow(gauge, latency_weight)
+        targets = asked.of(now.size())
+        now.check_reachable(targets)
+        count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
+        if stop == "auto":
+            able = can_stop(rule) and by is None and max_batches is None and group.alone
+            stop = "confident" if able and is_long_and_shuffled(loader) else None
+        scoring = {
+            "criterion": rule,
+            "loss_fn": loss_fn,
+            "normalize": normalize,
+            "reduction": reduction,
+            "max_batches": max_batches,
+            "microbatch": microbatch,
+            "memory_limit": memory_limit,
+            "amp_dtype": amp_dtype,
+            "by_class": balance is not None,
+            "classes": None if classes is None else sorted(set(classes)),
+            "stop": stop,
+            "confidence": confidence,
+            "lowest": count,
+        }
+        saver = None
+        if output_dir is not None or not group.alone:
+            limits = [count, round_to, min_filters, sorted(now.whole), seed]
+            timed = None if gauge is None else {**gauge.setting, "weight": latency_weight}
+            settings = {"scoring": scoring, "targets": asked, "finetune": tuning, "limits": limits}
+            mark = fingerprint(model, {**settings, "latency": timed})
+            group.require_same(
+                "pruning",
+                mark,
+                "it has another model, or other arguments of prune; give all processes the same",
+            )
+            if output_dir is not None:
+                saver = _Saver(Path(output_dir), mark, group)
+        loop = _Loop(
+            now=now,
+            gauge=gauge,
+            loader=loader,
+            validation=validation,
+            targets=targets,
+            count=count,
+            scoring=scoring,
+            tuning=tuning,
+            loss_fn=loss_fn,
+            device=place,
+            seed=seed,
+            progress=progress,
+            group=group,
         )
-        if isinstance(rule, TrainedCriterion):
-            now.spare(rule.unscorable(now.model, now.found.units))
-        gauge = None
-        if max_latency is not None:
-            timed_on = place if latency_device is None else resolve_device(model, latency_device)
-            a_pass = inputs_of_a_pass(latency_input, now.example, timed_on)
-            gauge = Gauge(model, a_pass, timed_on, folder=latency_cache, progress=progress)
-            now.follow(gauge, latency_weight)
-    targets = asked.of(now.size())
-    now.check_reachable(targets)
-    count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
-    if stop == "auto":
-        early = by is None and max_batches is None and can_stop(rule) and is_long_and_shuffled(loader)
-        stop = "confident" if early else None
-    scoring = {
-        "criterion": rule,
-        "loss_fn": loss_fn,
-        "normalize": normalize,
-        "reduction": reduction,
-        "max_batches": max_batches,
-        "microbatch": microbatch,
-        "memory_limit": memory_limit,
-        "amp_dtype": amp_dtype,
-        "by_class": balance is not None,
-        "classes": None if classes is None else sorted(set(classes)),
-        "stop": stop,
-        "confidence": confidence,
-        "lowest": count,
-    }
-    saver = None
-    if output_dir is not None:
-        limits = [count, round_to, min_filters, sorted(now.whole), seed]
-        timed = None if gauge is None else {**gauge.setting, "weight": latency_weight}
-        settings = {"scoring": scoring, "targets": asked, "finetune": tuning, "limits": limits}
-        mark = fingerprint(model, {**settings, "latency": timed})
-        saver = _Saver(Path(output_dir), mark)
-    loop = _Loop(
-        now=now,
-        gauge=gauge,
-        loader=loader,
-        validation=validation,
-        targets=targets,
-        count=count,
-        scoring=scoring,
-        tuning=tuning,
-        loss_fn=loss_fn,
-        device=place,
-        seed=seed,
-        progress=progress,
-    )
-    loop.start(saver.load() if saver is not None and resume else None)
-    stopped = loop.run(saver, callback)
-    if final is not None and len(loop.history) > 1:
-        loop.tune_again(final)
-    smaller = loop.best
-    if inplace:
-        install(model, smaller, loop.best_taken)
-        smaller = user_model
-    return PruneResult(
-        smaller,
-        loop.history,
-        loop.best_gates,
-        rule.name,
-        stopped,
-        original=None if inplace else model,
-    )
+        loop.start(saver.load() if saver is not None and resume else None)
+        stopped = loop.run(saver, callback)
+        if final is not None and len(loop.history) > 1:
+            loop.tune_again(final)
+        smaller = loop.best
+        if inplace:
+            install(model, smaller, loop.best_taken)
+            smaller = user_model
+        return PruneResult(
+            smaller,
+            loop.history,
+            loop.best_gates,
+            rule.name,
+            stopped,
+            original=None if inplace else model,
+        )
 
 
 class _Read(NamedTuple):
@@ -281,15 +303,18 @@ class _Read(NamedTuple):
 
 @dataclass
 class _Saver:
-    """Where steps are saved, and the mark of this run."""
+    """Where steps are saved, and the mark of this run. Of several processes, the first reads and writes."""
 
     folder: Path
     mark: str
+    group: Group
 
     def load(self) -> Checkpoint | None:
-        return checkpoints.load(self.folder, self.mark)
+        return self.group.from_first("loading", lambda: checkpoints.load(self.folder, self.mark))
 
     def save(self, history: list[Step], now: Shrinking) -> None:
+        if not self.group.first:
+            return
         weights = now.model.state_dict()
         checkpoints.save(self.folder, Checkpoint(self.mark, history, now.gates, weights, now.taken))
 
@@ -310,6 +335,7 @@ class _Loop:
     device: torch.device
     seed: int
     progress: bool
+    group: Group
     history: list[Step] = dataclasses.field(default_factory=list)
 
     def start(self, saved: Checkpoint | None) -> None:
@@ -412,6 +438,7 @@ class _Loop:
                     progress=self.progress,
                     seed=self.seed + step,
                     units=found,
+                    distributed=not self.group.alone,
                     **self.scoring,
                 )
             doubts = scores.undecided
@@ -446,6 +473,7 @@ class _Loop:
             device=self.device,
             seed=self.seed + 2 * step + 1,
             bar="fine-tuning" if self.progress else None,
+            group=self.group,
         )
 
     def tune_again(self, how: Any) -> None:
@@ -464,6 +492,7 @@ class _Loop:
                 loss_fn=self.loss_fn,
                 device=self.device,
                 progress=self.progress,
+                group=self.group,
             )
 
     def _row(
@@ -504,12 +533,18 @@ class _Loop:
         return self.gauge.read(self.now.model, self.now.gates) if step else Reading(whole, whole, 1.0)
 
 
-def _examples(loader: Iterable[Any], device: torch.device) -> Iterator[Batch]:
-    """Two samples of every batch (one, of a batch that has no more)."""
+def _examples(loader: Iterable[Any], device: torch.device, group: Group) -> Iterator[Batch]:
+    """Two samples of every batch (one, of a batch that has no more), the same in all processes."""
+
+    def own() -> Iterator[Any]:
+        for raw in loader:
+            batch = next(iter(unpack(raw, device).split(2)))
+            yield batch if group.alone else batch.portable()
+
     empty = True
-    for batch in loader:
+    for example in group.shared("examples", own()):
         empty = False
-        yield next(iter(unpack(batch, device).split(2)))
+        yield example if group.alone else unpack(example, device)
     if empty:
         raise InputError("the loader gave no batch; pass a non-empty iterable of (input, label) batches")
 

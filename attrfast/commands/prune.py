@@ -2,6 +2,8 @@
 
 Exit status: 0, done; 1, the arguments, the data or the folder are not usable; 2, the command line is not; 3,
 done, but a target was not reached; 130, stopped by Ctrl-C (`--resume` goes on).
+
+Processes that torchrun starts work together; the first writes and tells. One that is started again goes on.
 """
 
 from __future__ import annotations
@@ -102,6 +104,10 @@ def prune(
 
     Everything is kept in --out; a run that was stopped goes on with --resume.
     """
+    import torch
+
+    from attrfast.batches import preferred_device
+    from attrfast.distributed import launched, restarted
     from attrfast.runs import PruneSettings, RunFolder
 
     settings = PruneSettings(
@@ -140,9 +146,13 @@ def prune(
         seed=seed,
         tables=tables(ctx),
     )
-    folder = RunFolder(out)
-    with interruptible(f"the same command with --resume goes on in {out}"):
-        _require_own(folder, settings.to_toml(), resume)
+    with (
+        interruptible(f"the same command with --resume goes on in {out}"),
+        launched(torch.device(preferred_device(device))) as group,
+    ):
+        folder = RunFolder(out, writes=group.first)
+        goes_on = resume or restarted()
+        group.from_first("reading the run", lambda: _require_own(folder, settings.to_toml(), goes_on))
         code = _carry_out(
             settings, folder, report=report, tensorboard=tensorboard, as_json=as_json, progress=progress
         )
@@ -201,16 +211,18 @@ def _carry_out(
 
     with contextlib.ExitStack() as stack:
         board = None
-        if tensorboard is not None:
+        if tensorboard is not None and folder.writes:
             from attrfast.tensorboard import TensorBoard
 
             board = stack.enter_context(TensorBoard(tensorboard))
         outcome = carry_out(settings, folder, progress=progress, callback=board)
         if board is not None:
             board(outcome.result.history[0], None)
-    page = write_report(folder.root) if report else None
     result, (before, after) = outcome.result, outcome.top1
     missed = result.stopped.startswith("nothing more")
+    if not folder.writes:  # another process tells
+        return PARTLY if missed else 0
+    page = write_report(folder.root) if report else None
     if as_json:
         first, last = result.history[0], result.history[-1]
         tree = {

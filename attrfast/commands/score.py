@@ -1,4 +1,7 @@
-"""`attrfast score`: how important every filter of a network is. Exit status: as of every command."""
+"""`attrfast score`: how important every filter of a network is. Exit status: as of every command.
+
+Processes that torchrun starts work together; the first writes and tells.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,7 @@ def score(
     import torch
 
     from attrfast.batches import preferred_device
+    from attrfast.distributed import launched
     from attrfast.engine import attribute, check_options
     from attrfast.names import NamedData
     from attrfast.portions import parse_memory
@@ -74,20 +78,23 @@ def score(
     }
     for rule in rules:
         check_options(rule, **settings, microbatch=None, by_class=False)
-    parse_memory(memory_limit, torch.device(preferred_device(device)))
+    place = preferred_device(device)
+    parse_memory(memory_limit, torch.device(place))
     settings |= {
         "stop": options.or_none(stop),
         "confidence": confidence,
         "memory_limit": memory_limit,
     }
     check_stop(settings["stop"], confidence, None)
-    with interruptible("nothing was written"):
+    with interruptible("nothing was written"), launched(torch.device(place)) as group:
         splits = NamedData(data, images, loader_workers, batch_size, image_size)(seed)
         network = built(model, splits, None if weights is None else str(weights), seed)
-        place = preferred_device(device)
+        loader = splits.train if group.alone else splits.shard(group.rank, group.size, seed).train
         found = attribute(
-            network.eval(), splits.train, rules, device=place, progress=progress, seed=seed, **settings
+            network.eval(), loader, rules, device=place, progress=progress, seed=seed, **settings
         )
+    if not group.first:  # another process tells
+        return
     if out is not None:
         _write(out, found)
     if as_json:

@@ -136,6 +136,7 @@ class Work:
                 device=footing.device,
                 seed=footing.seed,
                 progress=False,
+                distributed=False,
             )
             epochs = footing.epochs(len(result.history) - 1, method.criterion)
             return Pruned(result.model, tuple(result.history), result.gates, epochs, result.stopped)

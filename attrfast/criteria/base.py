@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 class OwnPass(Protocol):
     """An importance that is measured otherwise than by S, batch by batch.
 
+    One that adds up a tensor `total` and makes its importance of that and `samples` alone can be measured
+    by several processes, which put the sums over all into both.
+
     Attributes:
         samples: how many were added.
     """

@@ -5,13 +5,14 @@ Knows nothing of files or of particular data sets.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 
 from attrfast.errors import InputError
 
@@ -42,6 +43,22 @@ class Splits:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def shard(self, rank: int, size: int, seed: int = 0) -> Splits:
+        """What one of several processes reads: every `size`-th image; the test images stay whole.
+
+        Shards differ in length by one image at most, and share none.
+
+        Args:
+            rank, size: which process, of how many.
+            seed: of the order in which training images come.
+        """
+
+        def part(loader: DataLoader[Any]) -> DataLoader[Any]:
+            whole: Any = loader.dataset
+            return over(loader, torch.arange(rank, len(whole), size), seed)
+
+        return replace(self, train=part(self.train), val=part(self.val))
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,24 @@ def array_loader(data: ImageArray, batch_size: int, *, shuffle: bool, seed: int)
         batch_size=batch_size,
         shuffle=shuffle,
         collate_fn=_as_it_is,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def over(loader: DataLoader[Any], chosen: torch.Tensor, seed: int) -> DataLoader[Any]:
+    """The same loader over some of its images, by their indices (int64)."""
+    whole: Any = loader.dataset
+    if isinstance(whole, ImageArray):
+        part: Any = copy.copy(whole)
+        part.images, part.labels = whole.images[chosen], whole.labels[chosen]
+    else:
+        part = Subset(whole, chosen.tolist())
+    return DataLoader(
+        part,
+        batch_size=loader.batch_size,
+        shuffle=isinstance(loader.sampler, RandomSampler) and len(chosen) > 0,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
         generator=torch.Generator().manual_seed(seed),
     )
 

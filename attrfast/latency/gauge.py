@@ -14,11 +14,12 @@ from torch import nn
 
 from attrfast.batches import Batch
 from attrfast.channels import discover
+from attrfast.distributed import Group
 from attrfast.latency.blocks import liked_block
 from attrfast.latency.law import Law
 from attrfast.latency.layers import timed_calls
 from attrfast.latency.sampling import sample
-from attrfast.latency.table import Table
+from attrfast.latency.table import Layers, Table
 from attrfast.measure import device_name, measure
 from attrfast.trace import tensors_in
 from attrfast.units import Units
@@ -54,6 +55,7 @@ class Gauge:
         device: where it is timed.
         folder: of the tables; None: the user's folder for caches.
         progress: show a bar while layers are timed.
+        group: processes that prune together: the first times for all, while the others wait.
 
     Attributes:
         original: seconds of a pass of the original.
@@ -73,24 +75,30 @@ class Gauge:
         *,
         folder: str | Path | None = None,
         progress: bool = True,
+        group: Group | None = None,
     ) -> None:
         self._model, self._batch, self._device = model, batch, device
+        self._group = group or Group()
         whole = copy.deepcopy(model).to(device).eval()
         found = discover(whole, batch.args, batch.kwargs)
         self._units = found.units
         self._calls = timed_calls(whole, found)
         table = Table(folder, _setting(whole, batch, device))
         shapes = [list(tensor.shape) for tensor in tensors_in((batch.args, batch.kwargs))]
-        self.setting = {**table.setting, "inputs": str(shapes)}
-        table.read()
         keys = Counter(call.key for call in self._calls)
-        if not keys.keys() <= table.layers.keys():
-            inputs = batch.args, batch.kwargs
-            table.add(sample(whole, found, self._calls, inputs, device, progress=progress))
+
+        def known() -> tuple[dict[str, str], Layers]:
+            table.read()
+            if not keys.keys() <= table.layers.keys():
+                inputs = batch.args, batch.kwargs
+                table.add(sample(whole, found, self._calls, inputs, device, progress=progress))
+            return {**table.setting, "inputs": str(shapes)}, table.layers
+
+        self.setting, layers = self._group.from_first("timing layers", known)
         products = {call.key for call in self._calls if call.product}
-        self.block = liked_block({key: table.layers[key] for key in products}, keys)
+        self.block = liked_block({key: layers[key] for key in products}, keys)
         self._laws = {
-            key: Law(table.layers[key], self.block if key in products else 1, product=key in products)
+            key: Law(layers[key], self.block if key in products else 1, product=key in products)
             for key in keys
         }
         self._whole = self._by_law(torch.zeros(len(self._units), dtype=torch.bool))
@@ -160,6 +168,9 @@ class Gauge:
 
     def _compared(self, model: nn.Module) -> tuple[float, float, float]:
         """Seconds of the original and of the model, and the share."""
+        return self._group.from_first("timing", lambda: self._compared_here(model))
+
+    def _compared_here(self, model: nn.Module) -> tuple[float, float, float]:
         each = getattr(self, "original", None)
         least, most = _ROUNDS
         rounds = least if each is None else max(least, min(most, int(_SECONDS / (4 * each))))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from attrfast import data
-from attrfast.data.loaders import ImageArray, Splits, hold_out
+from attrfast.data.loaders import ImageArray, Splits, hold_out, over
 from attrfast.errors import InputError
 
 KINDS = {
@@ -89,28 +88,14 @@ def limited(splits: Splits, images: int, seed: int) -> Splits:
     Raises:
         InputError: there are not so many.
     """
-    loader = splits.train
-    whole: Any = loader.dataset
+    whole: Any = splits.train.dataset
     if images > len(whole):
         raise InputError(f"there are {len(whole)} training images, not {images}; ask for fewer")
     if images == len(whole):
         return splits
-    if isinstance(whole, ImageArray):
-        _, chosen = hold_out(whole.labels, images, seed)
-        part: Any = copy.copy(whole)
-        part.images, part.labels = whole.images[chosen], whole.labels[chosen]
-    else:
-        _, chosen = hold_out(_labels(whole), images, seed)
-        part = Subset(whole, chosen.tolist())
-    train = DataLoader(
-        part,
-        batch_size=loader.batch_size,
-        shuffle=True,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    return replace(splits, train=train)
+    labels = whole.labels if isinstance(whole, ImageArray) else _labels(whole)
+    _, chosen = hold_out(labels, images, seed)
+    return replace(splits, train=over(splits.train, chosen, seed))
 
 
 def _labels(whole: Any) -> torch.Tensor:

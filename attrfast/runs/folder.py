@@ -59,10 +59,13 @@ class StoredMaps:
 
 
 class RunFolder:
-    """Reads and writes a run under `root`; what is not there is None."""
+    """Reads and writes a run under `root`; what is not there is None.
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    With `writes=False`, as of a process that leaves writing to another, nothing is written.
+    """
+
+    def __init__(self, root: str | Path, *, writes: bool = True) -> None:
+        self.root, self.writes = Path(root), writes
         self.steps = self.root / "steps"
 
     def settings_text(self) -> str | None:
@@ -109,6 +112,8 @@ class RunFolder:
             raise self._damaged(path.name, error) from error
 
     def save_start(self, state: dict[str, torch.Tensor]) -> None:
+        if not self.writes:
+            return
         held = copied(state)
         replace_file(self.root / "start.safetensors", lambda path: save_file(held, path))
 
@@ -125,6 +130,8 @@ class RunFolder:
             raise self._damaged(MAPS, error) from error
 
     def save_maps(self, image: torch.Tensor, layers: list[ExtremeMaps]) -> None:
+        if not self.writes:
+            return
         tensors = {"image": image.detach().cpu().contiguous()}
         told = []
         for seen in layers:
@@ -151,6 +158,8 @@ class RunFolder:
             raise self._damaged(name, error) from error
 
     def _write(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             replace_file(self.root / name, lambda path: path.write_text(text))

@@ -12,9 +12,10 @@ from torch import nn
 
 from attrfast.batches import preferred_device, unpack
 from attrfast.compare.loaders import measure
-from attrfast.compare.records import Measured
+from attrfast.compare.records import ClassCount
 from attrfast.criteria import Criterion
 from attrfast.data import Splits
+from attrfast.distributed import Group, together
 from attrfast.engine import attribute
 from attrfast.env import facts
 from attrfast.errors import InputError
@@ -56,20 +57,34 @@ def carry_out(
     """Prunes as the settings say, and goes on where an earlier run in the folder stopped.
 
     What was trained and measured already is taken from the folder; whether it holds this run is for the
-    caller to say.
+    caller to say. Several processes do it together, each with its shard of the images; the folder is the
+    first one's.
 
     Raises:
         AttrfastError: something is not usable; see `attrfast.prune`.
     """
+    with together() as group:
+        return _carried_out(settings, folder, group, progress and group.first, callback)
+
+
+def _carried_out(
+    settings: PruneSettings,
+    folder: RunFolder,
+    group: Group,
+    progress: bool,
+    callback: Callback | None,
+) -> Outcome:
     rule = settings.check()
-    figures = folder.figures() or Figures(
+    figures = group.from_first("reading the run", folder.figures) or Figures(
         command=settings.command(str(folder.root)), environment=facts()
     )
     device = torch.device(preferred_device(settings.device))
     splits = settings.opener()(settings.seed)
+    if not group.alone:
+        splits = splits.shard(group.rank, group.size, settings.seed)
     model = built(settings.model, splits, settings.weights, settings.seed).to(device)
     folder.begin(settings.to_toml())
-    start = folder.start()
+    start = group.from_first("reading the run", folder.start)
     if start is not None:
         model.load_state_dict(start)
     else:
@@ -83,12 +98,16 @@ def carry_out(
                     device=device,
                     seed=settings.seed,
                     bar="training" if progress else None,
+                    group=group,
                 )
         folder.save_start(model.state_dict())
     model.eval()
     if not figures.classes:
         with phase("testing the original", device, figures.phases):
-            figures.classes = _counted(measure(model, splits.test, device, splits.classes))
+            figures.classes = [
+                {"name": row.name, "images": row.images, "before": row.right}
+                for row in group.from_first("testing", lambda: _tested(model, splits, device))
+            ]
         _look(model, rule, settings, splits, folder, figures, device, progress)
         folder.save_figures(figures)
     with phase("pruning", device, figures.phases):
@@ -124,10 +143,11 @@ def carry_out(
             callback=callback,
         )
     with phase("testing the pruned network", device, figures.phases):
-        after = measure(result.model, splits.test, device, splits.classes)
-    for row, count in zip(figures.classes, after.classes, strict=True):
+        after = group.from_first("testing", lambda: _tested(result.model, splits, device))
+    for row, count in zip(figures.classes, after, strict=True):
         row["after"] = count.right
-    result.save(folder.root)
+    if folder.writes:
+        result.save(folder.root)
     folder.save_figures(figures)  # last: with them, the run is done
     return Outcome(result, figures, top1(figures))
 
@@ -173,8 +193,8 @@ def _load(model: nn.Module, file: Path) -> None:
         raise InputError(f"{file} does not fit the network: {error}") from error
 
 
-def _counted(found: Measured) -> list[dict[str, Any]]:
-    return [{"name": row.name, "images": row.images, "before": row.right} for row in found.classes]
+def _tested(model: nn.Module, splits: Splits, device: torch.device) -> tuple[ClassCount, ...]:
+    return measure(model, splits.test, device, splits.classes).classes
 
 
 def _look(
@@ -201,6 +221,8 @@ def _look(
             progress=progress,
             seed=settings.seed,
         )
+    if not folder.writes:
+        return
     folder.save_scores(scores)
     batch = unpack(next(iter(splits.test)), device)
     image, label = batch.args[0][0], int(batch.labels[0])
