@@ -21,20 +21,25 @@ def seeded(seed: int, loaders: Iterable[Any], device: torch.device) -> Iterator[
 
     All generators come back as they were. Random numbers of Python and NumPy are not touched.
     """
-    own = {id(g): g for loader in loaders for g in _generators(loader)}
-    states = [(g, g.get_state()) for g in own.values()]
+    own = generators(loaders)
+    states = [(g, g.get_state()) for g in own]
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.default_generator.manual_seed(seed)
             if device.type == "cuda":
                 with torch.cuda.device(device):
                     torch.cuda.manual_seed(seed)
-            for generator in own.values():
+            for generator in own:
                 generator.manual_seed(seed)
             yield
     finally:
         for generator, state in states:
             generator.set_state(state)
+
+
+def generators(loaders: Iterable[Any]) -> list[torch.Generator]:
+    """The loaders' own generators, each once."""
+    return list({id(g): g for loader in loaders for g in _generators(loader)}.values())
 
 
 def _generators(loader: Any) -> Iterator[torch.Generator]:
