@@ -60,6 +60,7 @@ def carry_out(
 
     Raises:
         AttrfastError: something is not usable; see `attrfast.prune`.
+        KeyboardInterrupt: after Ctrl-C; what was pruned until then is saved.
     """
     rule = settings.check()
     figures = folder.figures() or Figures(
@@ -118,6 +119,11 @@ def carry_out(
             resume=True,
             progress=progress,
             callback=callback,
+        )
+    if result.interrupted:
+        result.save(folder.root)
+        raise KeyboardInterrupt(
+            f"the network as it was after step {result.history[-1].step} is saved there"
         )
     with phase("testing the pruned network", device, figures.phases):
         after = measure(result.model, splits.test, device, splits.classes)
