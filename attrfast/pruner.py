@@ -6,6 +6,7 @@ characteristic attributions", Scientia Sinica Informationis 2021(1):13-26, doi 1
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -176,87 +177,99 @@ def prune(
     if output_dir is not None:
         _require_folder(Path(output_dir))
     place = resolve_device(model, device)
-    user_model, model = model, getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
-    loader = reiterable(loader)
-    validation = loader if val_loader is None else reiterable(val_loader)
-    with seeded(seed, [loader], place):
-        now = Shrinking(
-            model,
-            _examples(loader, place),
-            place,
-            min_filters=min_filters,
-            round_to=round_to,
-            ignore=ignore,
+    with _ordinary(place):
+        user_model, model = model, getattr(model, "_orig_mod", model)  # under torch.compile's wrapper
+        loader = reiterable(loader)
+        validation = loader if val_loader is None else reiterable(val_loader)
+        with seeded(seed, [loader], place):
+            now = Shrinking(
+                model,
+                _examples(loader, place),
+                place,
+                min_filters=min_filters,
+                round_to=round_to,
+                ignore=ignore,
+            )
+            if isinstance(rule, TrainedCriterion):
+                now.spare(rule.unscorable(now.model, now.found.units))
+            gauge = None
+            if max_latency is not None:
+                timed_on = place if latency_device is None else resolve_device(model, latency_device)
+                a_pass = inputs_of_a_pass(latency_input, now.example, timed_on)
+                gauge = Gauge(model, a_pass, timed_on, folder=latency_cache, progress=progress)
+                now.follow(gauge)
+        targets = asked.of(now.size())
+        now.check_reachable(targets)
+        count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
+        scoring = {
+            "criterion": rule,
+            "loss_fn": loss_fn,
+            "normalize": normalize,
+            "reduction": reduction,
+            "max_batches": max_batches,
+            "microbatch": microbatch,
+            "amp_dtype": amp_dtype,
+            "by_class": balance is not None,
+            "classes": None if classes is None else sorted(set(classes)),
+        }
+        saver = None
+        if output_dir is not None:
+            limits = [count, round_to, min_filters, sorted(now.whole), seed]
+            timed = None if gauge is None else gauge.setting
+            settings = {"scoring": scoring, "targets": asked, "finetune": tuning, "limits": limits}
+            mark = fingerprint(model, {**settings, "latency": timed})
+            saver = _Saver(Path(output_dir), mark, (loader, validation), place)
+        loop = _Loop(
+            now=now,
+            gauge=gauge,
+            loader=loader,
+            validation=validation,
+            targets=targets,
+            count=count,
+            scoring=scoring,
+            tuning=tuning,
+            loss_fn=loss_fn,
+            device=place,
+            seed=seed,
+            progress=progress,
+            saver=saver,
         )
-        if isinstance(rule, TrainedCriterion):
-            now.spare(rule.unscorable(now.model, now.found.units))
-        gauge = None
-        if max_latency is not None:
-            timed_on = place if latency_device is None else resolve_device(model, latency_device)
-            a_pass = inputs_of_a_pass(latency_input, now.example, timed_on)
-            gauge = Gauge(model, a_pass, timed_on, folder=latency_cache, progress=progress)
-            now.follow(gauge)
-    targets = asked.of(now.size())
-    now.check_reachable(targets)
-    count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
-    scoring = {
-        "criterion": rule,
-        "loss_fn": loss_fn,
-        "normalize": normalize,
-        "reduction": reduction,
-        "max_batches": max_batches,
-        "microbatch": microbatch,
-        "amp_dtype": amp_dtype,
-        "by_class": balance is not None,
-        "classes": None if classes is None else sorted(set(classes)),
-    }
-    saver = None
-    if output_dir is not None:
-        limits = [count, round_to, min_filters, sorted(now.whole), seed]
-        timed = None if gauge is None else gauge.setting
-        settings = {"scoring": scoring, "targets": asked, "finetune": tuning, "limits": limits}
-        mark = fingerprint(model, {**settings, "latency": timed})
-        saver = _Saver(Path(output_dir), mark, (loader, validation), place)
-    loop = _Loop(
-        now=now,
-        gauge=gauge,
-        loader=loader,
-        validation=validation,
-        targets=targets,
-        count=count,
-        scoring=scoring,
-        tuning=tuning,
-        loss_fn=loss_fn,
-        device=place,
-        seed=seed,
-        progress=progress,
-        saver=saver,
-    )
-    interrupted = False
-    try:
-        loop.start(resume)
-        stopped = loop.run(callback)
-        if final is not None and len(loop.history) > 1:
-            loop.tune_again(final)
-    except KeyboardInterrupt:
-        if len(loop.best.history) < 2:
-            raise  # there is nothing but the original
-        interrupted, stopped = True, loop.where_it_stood()
-        warnings.warn(f"{stopped}; what is pruned so far is the result", stacklevel=2)
-    best = loop.best
-    smaller = best.model
-    if inplace:
-        install(model, smaller, best.taken)
-        smaller = user_model
-    return PruneResult(
-        smaller,
-        list(best.history),
-        dict(best.gates),
-        rule.name,
-        stopped,
-        original=None if inplace else model,
-        interrupted=interrupted,
-    )
+        interrupted = False
+        try:
+            loop.start(resume)
+            stopped = loop.run(callback)
+            if final is not None and len(loop.history) > 1:
+                loop.tune_again(final)
+        except KeyboardInterrupt:
+            if len(loop.best.history) < 2:
+                raise  # there is nothing but the original
+            interrupted, stopped = True, loop.where_it_stood()
+            warnings.warn(f"{stopped}; what is pruned so far is the result", stacklevel=2)
+        best = loop.best
+        smaller = best.model
+        if inplace:
+            install(model, smaller, best.taken)
+            smaller = user_model
+        return PruneResult(
+            smaller,
+            list(best.history),
+            dict(best.gates),
+            rule.name,
+            stopped,
+            original=None if inplace else model,
+            interrupted=interrupted,
+        )
+
+
+@contextlib.contextmanager
+def _ordinary(device: torch.device) -> Iterator[None]:
+    """Whatever region the caller is in: gradients are recorded, and amp_dtype alone says what is autocast."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
 
 
 def _require_folder(folder: Path) -> None:
