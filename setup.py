@@ -2,7 +2,8 @@
 
 ATTRFAST_NATIVE=0 skips the native module. ATTRFAST_CUDA=0|1|auto decides about the CUDA sources: `auto`
 (the default) builds them where nvcc is found, 1 insists. What was decided, and why something is missing,
-is written into the package and printed by `python -m attrfast.env`.
+is written into the package and printed by `python -m attrfast.env`. ATTRFAST_SANITIZE=1 builds the CPU sources
+with AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize`.
 """
 
 import json
@@ -29,12 +30,21 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+# Later flags win, so this is -O1. The first finding ends the process.
+SANITIZE_FLAGS = [
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    *("-fno-omit-frame-pointer", "-g1", "-O1"),
+]
 # A GPU runs the machine code of its own generation; newer ones compile what the last one is made from.
 GPUS = ("80", "90")
 
 
 def wanted() -> bool:
     return os.environ.get("ATTRFAST_NATIVE", "1").strip() != "0"
+
+
+def sanitized() -> bool:
+    return os.environ.get("ATTRFAST_SANITIZE", "0").strip() == "1"
 
 
 def cuda_decision() -> str:
@@ -135,6 +145,7 @@ class BuildNative(build_ext):
         objects = []
         for source in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]:
             flags = [*FLAGS, *(ISA_FLAGS.get(source.stem, []) if X86 else [])]
+            flags += SANITIZE_FLAGS if sanitized() else []
             if source.stem == "bindings":
                 flags += [*includes, f"'-DATTRFAST_COMPILER=\"{quoted}\"'"]
                 flags += ["-DATTRFAST_WITH_CUDA"] if cuda else []
@@ -166,7 +177,7 @@ class BuildNative(build_ext):
         """The command that links the module. nvcc knows where its runtime lies; linked statically and kept
         from view, that meets no other copy, and needs no driver to be loaded."""
         if not cuda:
-            return "$cxx -shared -fopenmp"
+            return " ".join(["$cxx -shared -fopenmp", *(SANITIZE_FLAGS if sanitized() else [])])
         # The same compiler as for the other sources, which decides the OpenMP library.
         host = f"-ccbin={compiler} " if len(compiler.split()) == 1 else ""
         hidden = "-Xlinker=--exclude-libs=libcudart_static.a"

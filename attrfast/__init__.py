@@ -19,12 +19,13 @@ from attrfast.errors import (
 )
 from attrfast.evaluate import Evaluation, evaluate
 from attrfast.finetune import FineTune
+from attrfast.history import Step
 from attrfast.measure import Measurement
 from attrfast.pruner import prune
 from attrfast.recipe import Recipe
 from attrfast.recorder import ScoreRecorder
 from attrfast.reports import report
-from attrfast.result import PruneResult, Step
+from attrfast.result import PruneResult
 from attrfast.saving import load, read_recipe
 from attrfast.scores import Scores
 

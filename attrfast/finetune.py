@@ -6,15 +6,16 @@ With the hooks of a criterion in it, the same training finds out what to cut nex
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from attrfast import random_state
 from attrfast.batches import Batch, check_labels, main_output, unpack
 from attrfast.checkpoint import fingerprint
 from attrfast.criteria import Phase
@@ -76,6 +77,16 @@ class FineTune:
             )
 
 
+class Keeper(Protocol):
+    """Keeps a fine-tuning between its epochs, so that another process can go on with it."""
+
+    def load(self) -> Mapping[str, Any] | None:
+        """What `save` was given last, in an earlier process."""
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keeps the state after an epoch; it may share memory with the model."""
+
+
 FineTuneLike = int | FineTune | Callable[[nn.Module, int], None]
 
 
@@ -109,13 +120,16 @@ def fine_tune(
     phase: Phase | None = None,
     bar: str | None = None,
     group: Group | None = None,
+    keeper: Keeper | None = None,
 ) -> None:
     """Trains a model in place, and puts its training flags back.
 
     The processes of a `group` train together, each on its own loader, and end with the same bits.
 
     `phase` hooks into the built-in training, and is not called by the user's callable. With `bar`, the
-    built-in training shows a bar of this name when standard error is a terminal.
+    built-in training shows a bar of this name when standard error is a terminal. With `keeper`, the built-in
+    training goes on from the epoch that it kept, and keeps every epoch but the last; a `phase` has a state that
+    is not kept.
 
     The built-in training draws from a random state of its own, so that the same seed gives the same
     result, and the global state stays as it was. The user's callable draws from the global one.
@@ -130,7 +144,7 @@ def fine_tune(
     try:
         if isinstance(how, FineTune):
             with seeded(seed, [loader], device):
-                _train(model, loader, how, loss_fn, device, phase or Phase(), bar, group, seed)
+                _train(model, loader, how, loss_fn, device, phase or Phase(), bar, group, seed, keeper)
         else:
             try:
                 with group.unannounced():  # which may exchange things of its own
@@ -163,6 +177,7 @@ def _train(
     bar: str | None,
     group: Group,
     seed: int,
+    keeper: Keeper | None,
 ) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if how.epochs == 0 or not parameters:
@@ -177,9 +192,12 @@ def _train(
     scheduler = _scheduler(how, optimizer, batches)
     scaler = torch.amp.GradScaler(device.type, enabled=how.amp_dtype == torch.float16)
     lost, last = torch.zeros((), dtype=torch.bool, device=device), torch.zeros(())
+    training = _Training(model, optimizer, scheduler, scaler, loader, device)
+    held = None if keeper is None else keeper.load()
+    first = 0 if held is None else training.restore(held, how.epochs)
     model.train()
     steps = Lockstep(model, group)
-    for epoch in range(how.epochs):
+    for epoch in range(first, how.epochs):
         set_epoch(loader, seed, epoch)
         own = _usable(model, _watched(loader, bar, epoch, how.epochs, batches), device)
         while True:
@@ -220,8 +238,55 @@ def _train(
         phase.after_epoch()
         if scheduler is not None and batches is None:
             scheduler.step()
+        if keeper is not None and epoch + 1 < how.epochs:
+            keeper.save(training.state(epoch + 1))
     steps.finish()
     optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """All that decides how a training goes on."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    loader: Iterable[Any]
+    device: torch.device
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """After so many epochs."""
+        return {
+            "epoch": epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state.now([self.loader], self.device),
+        }
+
+    def restore(self, state: Mapping[str, Any], epochs: int) -> int:
+        """Goes to where `state` was taken; returns after how many epochs that was.
+
+        Raises:
+            InputError: the state is of another training.
+        """
+        try:
+            if not state["epoch"] < epochs:
+                raise ValueError(f"epoch {state['epoch']} of {epochs}")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+        except Exception as error:  # of whatever optimiser the user gave
+            raise InputError(
+                f"the fine-tuning that was cut off can't go on: {error}; call with resume=False to start "
+                f"again"
+            ) from error
+        random_state.restore(state["random"], [self.loader], self.device)
+        return int(state["epoch"])
 
 
 def _usable(model: nn.Module, loader: Iterable[Any], device: torch.device) -> Iterator[Batch]:

@@ -6,35 +6,40 @@ characteristic attributions", Scientia Sinica Informationis 2021(1):13-26, doi 1
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from attrfast import checkpoint as checkpoints
+from attrfast import epochs, random_state
 from attrfast.batches import Batch, reiterable, resolve_device, unpack
 from attrfast.checkpoint import Checkpoint, fingerprint
 from attrfast.criteria import Criterion, TrainedCriterion
 from attrfast.distributed import Group, together
 from attrfast.engine import attribute, check_options
+from attrfast.epochs import EpochKeeper, Position, Read
 from attrfast.errors import AttrfastError, InputError
 from attrfast.evaluate import Evaluation, evaluate
+from attrfast.files import require_writable
 from attrfast.finetune import FineTuneLike, as_finetune, fine_tune
+from attrfast.history import Step
 from attrfast.latency import Gauge, Reading, inputs_of_a_pass
 from attrfast.learning import learn
 from attrfast.objective import LossFunction
 from attrfast.portions import parse_memory
 from attrfast.residual import ResidualBranch
-from attrfast.result import PruneResult, Step
+from attrfast.result import PruneResult
 from attrfast.scores import normalized
 from attrfast.seeding import seeded
 from attrfast.selection import for_the_worst_class
@@ -137,8 +142,8 @@ def prune(
             the lowest importance goes first; 1: the lowest importance per millisecond saved.
         inplace: put the result into `model` itself, at the very end.
         seed: of fine-tuning and of the criterion `random`.
-        output_dir: where every step is saved.
-        resume: go on from the last step saved in `output_dir`, if there is one.
+        output_dir: where every step is saved, and every epoch of a fine-tuning in it; see docs/resuming.md.
+        resume: go on from what was saved in `output_dir` last, if there is anything.
         progress: show a bar when standard error is a terminal.
         callback: called with the new row and the model after every step.
         distributed: where `torch.distributed` has a default group, prune together with its other
@@ -147,10 +152,12 @@ def prune(
             `output_dir`. See docs/distributed.md.
 
     Returns:
-        PruneResult: the smaller model, the history, and which filters are left.
+        PruneResult: the smaller model, the history, and which filters are left. After Ctrl-C, what was pruned
+        until then, with a warning and `interrupted` set; KeyboardInterrupt where no step was whole yet.
 
     Raises:
-        InputError: an argument, a batch or a label is not usable.
+        InputError: an argument, a batch or a label is not usable; `output_dir` can't be written, or what it
+            holds can't be used.
         TargetError: the targets can't be reached.
         ModelError: nothing can be pruned.
         NumericalError: something is not finite.
@@ -197,8 +204,11 @@ def prune(
         )
     if resume and output_dir is None:
         raise InputError("resume=True needs output_dir, the folder with the steps that were saved")
-    with together(distributed) as group:
+    with together(distributed) as group, contextlib.ExitStack() as region:
         place, progress = resolve_device(model, device), progress and group.first
+        region.enter_context(_ordinary(place))
+        if output_dir is not None and group.first:
+            _require_folder(Path(output_dir))
         parse_memory(memory_limit, place)
         if rule.trains and not group.alone:
             raise InputError(
@@ -260,7 +270,7 @@ def prune(
                 "it has another model, or other arguments of prune; give all processes the same",
             )
             if output_dir is not None:
-                saver = _Saver(Path(output_dir), mark, group)
+                saver = _Saver(Path(output_dir), mark, group, (loader, validation), place)
         loop = _Loop(
             now=now,
             gauge=gauge,
@@ -275,48 +285,109 @@ def prune(
             seed=seed,
             progress=progress,
             group=group,
+            saver=saver,
         )
-        loop.start(saver.load() if saver is not None and resume else None)
-        stopped = loop.run(saver, callback)
-        if final is not None and len(loop.history) > 1:
-            loop.tune_again(final)
-        smaller = loop.best
+        interrupted = False
+        try:
+            loop.start(resume)
+            stopped = loop.run(callback)
+            if final is not None and len(loop.history) > 1:
+                loop.tune_again(final)
+        except KeyboardInterrupt:
+            if len(loop.best.history) < 2 or not group.alone:
+                raise  # there is nothing but the original, or others wait
+            interrupted, stopped = True, loop.where_it_stood()
+            warnings.warn(f"{stopped}; what is pruned so far is the result", stacklevel=2)
+        best = loop.best
+        smaller = best.model
         if inplace:
-            install(model, smaller, loop.best_taken)
+            install(model, smaller, best.taken)
             smaller = user_model
         return PruneResult(
             smaller,
-            loop.history,
-            loop.best_gates,
+            list(best.history),
+            dict(best.gates),
             rule.name,
             stopped,
             original=None if inplace else model,
+            interrupted=interrupted,
         )
 
 
-class _Read(NamedTuple):
-    """How many samples a ranking comes from, and of how many units it is not sure; None where nobody asked."""
+@contextlib.contextmanager
+def _ordinary(device: torch.device) -> Iterator[None]:
+    """Whatever region the caller is in: gradients are recorded, and amp_dtype alone says what is autocast."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
 
-    samples: int = 0
-    undecided: int | None = None
+
+def _require_folder(folder: Path) -> None:
+    """Hours of pruning should not end in a folder that can't be written."""
+    try:
+        require_writable(folder)
+    except OSError as error:
+        raise InputError(
+            f"steps can't be saved in output_dir {folder}: {error}; give another folder"
+        ) from error
 
 
 @dataclass
 class _Saver:
-    """Where steps are saved, and the mark of this run. Of several processes, the first reads and writes."""
+    """Where a run is saved, the mark of this run, and what else than the model it depends on.
+
+    Of several processes, the first reads and writes, and epochs are not kept.
+    """
 
     folder: Path
     mark: str
     group: Group
+    loaders: tuple[Iterable[Any], Iterable[Any]]
+    device: torch.device
+    found: EpochKeeper | None = None
 
     def load(self) -> Checkpoint | None:
-        return self.group.from_first("loading", lambda: checkpoints.load(self.folder, self.mark))
+        """The last step; what was kept of the next one's fine-tuning is `found` from now on."""
+        saved = self.group.from_first("loading", lambda: checkpoints.load(self.folder, self.mark))
+        if self.group.alone:
+            self.found = epochs.load(self.folder, self.mark, alone=saved is None)
+        return saved
 
     def save(self, history: list[Step], now: Shrinking) -> None:
         if not self.group.first:
             return
-        weights = now.model.state_dict()
-        checkpoints.save(self.folder, Checkpoint(self.mark, history, now.gates, weights, now.taken))
+        weights, random = now.model.state_dict(), random_state.now(self.loaders, self.device)
+        checkpoints.save(
+            self.folder, Checkpoint(self.mark, history, now.gates, weights, now.taken, random)
+        )
+        self.found = None
+        epochs.forget(self.folder)
+
+    def restore_random(self, saved: Checkpoint) -> None:
+        if self.group.first:
+            random_state.restore(saved.random, self.loaders, self.device)
+
+    def tuned_before(self, step: int, *, final: bool = False) -> EpochKeeper | None:
+        """The fine-tuning in which an earlier process was cut off, if it is that of this step."""
+        where = None if self.found is None else self.found.position
+        return self.found if where is not None and (where.step, where.final) == (step, final) else None
+
+    def keeper(self, position: Position) -> EpochKeeper | None:
+        """For a fine-tuning that begins."""
+        return EpochKeeper(self.folder, self.mark, position) if self.group.alone else None
+
+
+@dataclass(frozen=True)
+class _Best:
+    """What the result would be if the run ended now."""
+
+    model: nn.Module
+    gates: dict[str, torch.Tensor]
+    taken: tuple[ResidualBranch, ...]
+    history: tuple[Step, ...]
 
 
 @dataclass
@@ -336,12 +407,18 @@ class _Loop:
     seed: int
     progress: bool
     group: Group
+    saver: _Saver | None
     history: list[Step] = dataclasses.field(default_factory=list)
+    best: _Best = dataclasses.field(init=False)
 
-    def start(self, saved: Checkpoint | None) -> None:
+    def __post_init__(self) -> None:
+        self._keep()
+
+    def start(self, resume: bool) -> None:
         """Measures the original, or takes up an earlier run."""
+        saved = self.saver.load() if self.saver is not None and resume else None
         if saved is None:
-            self.history = [self._row(0, {}, (0.0, 0.0, 0.0), _Read())]
+            self.history = [self._row(0, {}, (0.0, 0.0, 0.0), Read())]
         else:
             self.now.restore(saved.gates, saved.weights, saved.taken)
             self.history = saved.history
@@ -354,12 +431,20 @@ class _Loop:
                 f"matrix of logits with one label a sample; leave max_accuracy_drop out"
             )
         self._keep()
+        if self.saver is not None and saved is not None:
+            self.saver.restore_random(saved)
 
     def _keep(self) -> None:
-        self.best, self.best_gates = self.now.model, dict(self.now.gates)
-        self.best_taken = tuple(self.now.taken)
+        # In one piece: Ctrl-C may come between any two lines.
+        now = self.now
+        self.best = _Best(now.model, dict(now.gates), tuple(now.taken), tuple(self.history))
 
-    def run(self, saver: _Saver | None, callback: Callback | None) -> str:
+    def where_it_stood(self) -> str:
+        """In words, after Ctrl-C."""
+        saved = "" if self.saver is None else f"; resume=True goes on in {self.saver.folder}"
+        return f"interrupted after step {self.best.history[-1].step}{saved}"
+
+    def run(self, callback: Callback | None) -> str:
         """Steps until the targets hold; returns why it ended, in words."""
         bar = tqdm(
             total=100,
@@ -383,8 +468,8 @@ class _Loop:
                 self._keep()
                 bar.n = round(100 * self.targets.progress(self.now.size()))
                 bar.set_postfix_str(f"step {row.step}, φ {row.phi:.2f}, top-1 {row.top1:.2%}")
-                if saver is not None:
-                    saver.save(self.history, self.now)
+                if self.saver is not None:
+                    self.saver.save(self.history, self.now)
                 if callback is not None:
                     _call_back(callback, row, self.now.model)
         if self.once:
@@ -397,6 +482,24 @@ class _Loop:
     def _step(self) -> Step | None:
         """Scores, cuts and tunes; None where nothing is left to cut."""
         step = len(self.history)
+        keeper = None if self.saver is None else self.saver.tuned_before(step)
+        if keeper is None:
+            removed, seconds, read = self._cut(step)
+            if not removed and not self.once:
+                return None
+            if self.saver is not None:
+                gates, taken = dict(self.now.gates), tuple(self.now.taken)
+                keeper = self.saver.keeper(Position(step, False, gates, taken, removed, seconds, read))
+        else:
+            where = keeper.position
+            self.now.restore(where.gates, keeper.weights(), where.taken)
+            removed, seconds, read = dict(where.removed), where.seconds, where.read
+        begun = time.perf_counter()
+        self._tune(self.tuning, step, keeper)
+        return self._row(step, removed, (*seconds, time.perf_counter() - begun), read)
+
+    def _cut(self, step: int) -> tuple[dict[str, int], tuple[float, float], Read]:
+        """How many filters went, by layer, the seconds that scoring and cutting took, and what was read."""
         times = [time.perf_counter()]
         importance, idle, read = self._importance(step)
         times.append(time.perf_counter())
@@ -408,12 +511,7 @@ class _Loop:
         times.append(time.perf_counter())
         for name, count in branches.items():
             removed[name] = removed.get(name, 0) + count
-        if not removed and not self.once:
-            return None
-        self._tune(self.tuning, step)
-        times.append(time.perf_counter())
-        scoring, cutting, tuning = (b - a for a, b in itertools.pairwise(times))
-        return self._row(step, removed, (scoring, cutting, tuning), read)
+        return removed, (times[1] - times[0], times[2] - times[1]), read
 
     @property
     def trained(self) -> bool:
@@ -426,7 +524,7 @@ class _Loop:
         """Whether nothing is asked but what one step of training finds to compute nothing."""
         return not self.targets.sizes and self.targets.drop is None
 
-    def _importance(self, step: int) -> tuple[torch.Tensor, Sequence[ResidualBranch], _Read]:
+    def _importance(self, step: int) -> tuple[torch.Tensor, Sequence[ResidualBranch], Read]:
         """Normalised importance (U,), residual branches that may go as a whole, and what was read for it."""
         found, seed = self.now.may_go(), self.seed + 2 * step
         if not self.trained:
@@ -442,7 +540,7 @@ class _Loop:
                     **self.scoring,
                 )
             doubts = scores.undecided
-            read = _Read(scores.samples, None if doubts is None else int(doubts.sum()))
+            read = Read(scores.samples, None if doubts is None else int(doubts.sum()))
             if scores.by_class is not None:
                 return for_the_worst_class(scores.by_class), (), read
             return scores.importance, (), read
@@ -461,9 +559,9 @@ class _Loop:
             progress=self.progress,
         )
         kind = self.scoring["normalize"] if rule.per_layer else None
-        return normalized(learnt.importance, found.units, kind), learnt.idle, _Read()
+        return normalized(learnt.importance, found.units, kind), learnt.idle, Read()
 
-    def _tune(self, how: Any, step: int) -> None:
+    def _tune(self, how: Any, step: int, keeper: EpochKeeper | None) -> None:
         fine_tune(
             self.now.model,
             self.loader,
@@ -474,15 +572,20 @@ class _Loop:
             seed=self.seed + 2 * step + 1,
             bar="fine-tuning" if self.progress else None,
             group=self.group,
+            keeper=keeper,
         )
 
     def tune_again(self, how: Any) -> None:
         """Fine-tunes the best model once more, and corrects the last row."""
-        best = copy.deepcopy(self.best)
-        self.now.model = self.best = best
-        self._tune(how, len(self.history))
+        best, step, keeper = self.best, len(self.history), None
+        self.now.model = copy.deepcopy(best.model)
+        if self.saver is not None:
+            where = Position(step, True, best.gates, best.taken, {}, (0.0, 0.0), Read())
+            keeper = self.saver.tuned_before(step, final=True) or self.saver.keeper(where)
+        self._tune(how, step, keeper)
         seen = self._measure()
-        self.history[-1] = dataclasses.replace(self.history[-1], top1=seen.top1, loss=seen.loss)
+        last = dataclasses.replace(best.history[-1], top1=seen.top1, loss=seen.loss)
+        self.best = dataclasses.replace(best, model=self.now.model, history=(*best.history[:-1], last))
 
     def _measure(self) -> Evaluation:
         with seeded(self.seed, [self.validation], self.device):
@@ -500,7 +603,7 @@ class _Loop:
         step: int,
         removed: dict[str, int],
         seconds: tuple[float, float, float],
-        read: _Read,
+        read: Read,
     ) -> Step:
         seen, timed, whole = self._measure(), self._timed(step), self.targets.whole
         size = self.now.size()

@@ -5,18 +5,16 @@ Reading checks every value and runs nothing. Must not know where files lie.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import ItemsView
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from attrfast import gate_text
+from attrfast import gate_text, schema
 from attrfast.architecture import Form, outputs
 from attrfast.errors import InputError
+from attrfast.history import row_from_json
 
 FORMAT, VERSION = "attrfast recipe", 1
 
@@ -64,13 +62,13 @@ class Recipe:
             "versions": self.versions,
             "criterion": self.criterion,
             "stopped": self.stopped,
-            "history": _finite(self.history),
+            "history": self.history,
             "gates": gate_text.to_text(self.gates),
             "modules": {name: asdict(form) for name, form in self.modules.items()},
             "shared": self.shared,
             "weights": {"bytes": size, "sha256": digest},
         }
-        return json.dumps({**body, "checksum": _checksum(body)}, indent=1, allow_nan=False) + "\n"
+        return schema.sealed(body)
 
     @staticmethod
     def from_json(text: str) -> Recipe:
@@ -79,119 +77,40 @@ class Recipe:
         Raises:
             InputError: it is no recipe, is of a later version, is damaged, or contradicts itself.
         """
-        try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"it is no JSON: {error}") from error
-        raw = _mapping(raw, "it")
-        if raw.get("format") != FORMAT:
-            raise InputError(f"its format is {raw.get('format')!r}, not {FORMAT!r}")
-        if raw.get("version") != VERSION:
-            raise InputError(
-                f"it is of version {raw.get('version')!r}, and this attrfast reads version {VERSION}; "
-                f"use the attrfast that wrote it"
-            )
-        told = raw.pop("checksum", None)
-        if told != _checksum(raw):
-            raise InputError("its checksum does not fit what it says: it was changed or damaged")
-        missing = {
-            "versions",
-            "criterion",
-            "stopped",
-            "history",
-            "gates",
-            "modules",
-            "shared",
-            "weights",
-        }
-        if absent := sorted(missing - raw.keys()):
-            raise InputError(f"it has no {absent[0]!r}")
-        weights = _mapping(raw["weights"], "weights")
+        needed = ("versions", "criterion", "stopped", "history", "gates", "modules", "shared", "weights")
+        raw = schema.unsealed(text, FORMAT, VERSION, needed)
+
+        def part(name: str) -> ItemsView[str, Any]:
+            return schema.mapping(raw[name], name).items()
+
+        weights = schema.mapping(raw["weights"], "weights")
         return Recipe(
-            criterion=_text(raw["criterion"], "criterion"),
-            stopped=_text(raw["stopped"], "stopped"),
+            criterion=schema.text(raw["criterion"], "criterion"),
+            stopped=schema.text(raw["stopped"], "stopped"),
             history=[
-                _row(row, f"history[{i}]") for i, row in enumerate(_list(raw["history"], "history"))
+                asdict(row_from_json(row, f"history[{i}]"))
+                for i, row in enumerate(schema.sequence(raw["history"], "history"))
             ],
-            gates={n: _gate(v, f"gates[{n!r}]") for n, v in _mapping(raw["gates"], "gates").items()},
-            modules={
-                n: _form(v, f"modules[{n!r}]") for n, v in _mapping(raw["modules"], "modules").items()
-            },
-            shared={n: _text(v, f"shared[{n!r}]") for n, v in _mapping(raw["shared"], "shared").items()},
+            gates={n: _gate(v, f"gates[{n!r}]") for n, v in part("gates")},
+            modules={n: _form(v, f"modules[{n!r}]") for n, v in part("modules")},
+            shared={n: schema.text(v, f"shared[{n!r}]") for n, v in part("shared")},
             weights=(
-                _count(weights.get("bytes"), "weights.bytes"),
-                _text(weights.get("sha256"), "sha256"),
+                schema.count(weights.get("bytes"), "weights.bytes"),
+                schema.text(weights.get("sha256"), "sha256"),
             ),
-            versions={
-                n: _text(v, f"versions[{n!r}]") for n, v in _mapping(raw["versions"], "versions").items()
-            },
+            versions={n: schema.text(v, f"versions[{n!r}]") for n, v in part("versions")},
         )
 
 
-def _checksum(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _finite(item: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for a figure that there is not."""
-    if isinstance(item, float) and not math.isfinite(item):
-        return None
-    if isinstance(item, dict):
-        return {key: _finite(value) for key, value in item.items()}
-    if isinstance(item, list):
-        return [_finite(value) for value in item]
-    return item
-
-
-def _row(value: Any, where: str) -> dict[str, Any]:
-    # JSON knows no NaN: of a figure that every step has, null is one.
-    return {
-        k: math.nan if v is None and not k.startswith("latency") else v
-        for k, v in _mapping(value, where).items()
-    }
-
-
 def _form(value: Any, where: str) -> Form:
-    raw = _mapping(value, where)
-    widths = _mapping(raw.get("widths"), f"{where}.widths")
+    raw = schema.mapping(value, where)
+    widths = schema.mapping(raw.get("widths"), f"{where}.widths")
     return Form(
-        kind=_text(raw.get("kind"), f"{where}.kind"),
-        widths={name: _count(width, f"{where}.widths.{name}") for name, width in widths.items()},
-        settings=_mapping(raw.get("settings"), f"{where}.settings"),
+        kind=schema.text(raw.get("kind"), f"{where}.kind"),
+        widths={name: schema.count(width, f"{where}.widths.{name}") for name, width in widths.items()},
+        settings=schema.mapping(raw.get("settings"), f"{where}.settings"),
     )
 
 
 def _gate(value: Any, where: str) -> torch.Tensor:
-    text = _text(value, where)
-    if not text or set(text) - {"0", "1"}:
-        raise InputError(f"{where} must be made of 0 and 1, one for each filter, got {text[:40]!r}")
-    return gate_text.from_text(text)
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{where} must be an object, got {_short(value)}")
-    return value
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise InputError(f"{where} must be a list, got {_short(value)}")
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{where} must be text, got {_short(value)}")
-    return value
-
-
-def _count(value: Any, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{where} must be a whole number of at least 1, got {_short(value)}")
-    return value
-
-
-def _short(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:40]!r}"
+    return gate_text.from_text(schema.bits(value, where))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +15,9 @@ from torch import nn
 
 from attrfast import saving
 from attrfast.errors import InputError
+from attrfast.history import Step
 from attrfast.measure import Measurement, in_words, measure
 from attrfast.plain_text import as_text
-
-
-@dataclass(frozen=True)
-class Step:
-    """One row of the history; row 0 is the original model.
-
-    Attributes:
-        step: 0, 1, 2, ...
-        phi: filters left, as a share of those at the start.
-        filters: filters left.
-        top1: share of samples, after fine-tuning (NaN for a model that does not classify).
-        loss: mean over samples, after fine-tuning.
-        macs, params: multiply-adds of one sample, and parameters.
-        macs_pruned_percent, params_pruned_percent: of the original's, in percent.
-        removed: filters removed in this step, by layer (the name of its first convolution).
-        seconds_scoring, seconds_cutting, seconds_tuning: wall time.
-        samples_scored: how many the ranking comes from; 0 for a criterion that reads weights or trains.
-        undecided: units of which it was not sure whether they are among the lowest; None where every step
-            reads all samples.
-        latency, latency_predicted: seconds of a pass, measured and by the table; None where none was asked.
-        latency_share: of the original's, measured in turns with it.
-    """
-
-    step: int
-    phi: float
-    filters: int
-    top1: float
-    loss: float
-    macs: int
-    params: int
-    macs_pruned_percent: float
-    params_pruned_percent: float
-    removed: dict[str, int] = field(default_factory=dict)
-    seconds_scoring: float = 0.0
-    seconds_cutting: float = 0.0
-    seconds_tuning: float = 0.0
-    samples_scored: int = 0
-    undecided: int | None = None
-    latency: float | None = None
-    latency_predicted: float | None = None
-    latency_share: float | None = None
 
 
 @dataclass
@@ -73,6 +33,7 @@ class PruneResult:
         original: the model that `prune` was given, itself and not a copy (that under the wrapper of
             torch.compile); None where it was pruned in place. It is kept for `measure`: set it to None
             to free its memory.
+        interrupted: whether Ctrl-C ended the loop, so that the model is larger than was asked for.
     """
 
     model: nn.Module
@@ -81,6 +42,7 @@ class PruneResult:
     criterion: str
     stopped: str
     original: nn.Module | None = None
+    interrupted: bool = False
 
     def summary(self) -> str:
         """A table of the history, one line a step."""
@@ -201,8 +163,3 @@ def _short(count: int) -> str:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}T"
-
-
-def row_from_json(row: dict[str, Any]) -> Step:
-    """A row that was written as JSON."""
-    return Step(**row)

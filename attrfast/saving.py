@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +28,7 @@ from attrfast.architecture import (
     tensors,
 )
 from attrfast.errors import InputError, ModelError
-from attrfast.files import copied
+from attrfast.files import copied, replace_files
 from attrfast.recipe import Recipe
 
 RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
@@ -69,25 +68,17 @@ def save(
     Recipe.from_json(text)  # what can't be read is not written
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder, {WEIGHTS: data, RECIPE: text.encode()})
+        replace_files(
+            {
+                folder / WEIGHTS: lambda part: part.write_bytes(data),
+                folder / RECIPE: lambda part: part.write_text(text),
+            }
+        )
     except OSError as error:
         raise InputError(
             f"the model can't be saved in {folder}: {error}; give another folder"
         ) from error
     return folder
-
-
-def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
-    """All are whole before the first takes its place, so a full disk spoils nothing."""
-    parts = {name: folder / f"{name}.part" for name in files}
-    try:
-        for name, part in parts.items():
-            part.write_bytes(files[name])
-        for name, part in parts.items():
-            os.replace(part, folder / name)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 def load(path: str | Path, model_fn: Callable[[], nn.Module] | nn.Module) -> nn.Module:

@@ -21,8 +21,8 @@ def seeded(seed: int, loaders: Iterable[Any], device: torch.device) -> Iterator[
 
     All generators come back as they were. Random numbers of Python and NumPy are not touched.
     """
-    own = {id(g): g for loader in loaders for g in _generators(loader)}
-    states = [(g, g.get_state()) for g in own.values()]
+    own = generators(loaders)
+    states = [(g, g.get_state()) for g in own]
     epochs = [(s, getattr(s, "epoch", 0)) for loader in loaders for s in _epochal(loader)]
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -30,7 +30,7 @@ def seeded(seed: int, loaders: Iterable[Any], device: torch.device) -> Iterator[
             if device.type == "cuda":
                 with torch.cuda.device(device):
                     torch.cuda.manual_seed(seed)
-            for generator in own.values():
+            for generator in own:
                 generator.manual_seed(seed)
             for sampler, _ in epochs:
                 sampler.set_epoch(seed)
@@ -40,6 +40,11 @@ def seeded(seed: int, loaders: Iterable[Any], device: torch.device) -> Iterator[
             sampler.set_epoch(epoch)
         for generator, state in states:
             generator.set_state(state)
+
+
+def generators(loaders: Iterable[Any]) -> list[torch.Generator]:
+    """The loaders' own generators, each once."""
+    return list({id(g): g for loader in loaders for g in _generators(loader)}.values())
 
 
 def set_epoch(loader: Any, seed: int, epoch: int) -> None:

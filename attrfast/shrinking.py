@@ -17,7 +17,7 @@ from torch import nn
 from attrfast.batches import Batch
 from attrfast.channels import Discovery, discover
 from attrfast.cost import CostModel, cost
-from attrfast.errors import ModelError, TargetError
+from attrfast.errors import InputError, ModelError, TargetError
 from attrfast.latency import Gauge, weighed
 from attrfast.residual import ResidualBranch, find_branches, take_out
 from attrfast.selection import Block, first_filters, mask, rank, spared
@@ -343,23 +343,49 @@ class Shrinking:
 
     def restore(
         self,
-        gates: dict[str, torch.Tensor],
-        weights: dict[str, torch.Tensor],
+        gates: Mapping[str, torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
         taken: Iterable[ResidualBranch],
     ) -> None:
-        """Takes the untouched copy to where an earlier run left it."""
-        for branch in taken:
-            take_out(self.model, branch)
-            self._adopt(self.model, branch)
-        units = self.found.units
-        removed = torch.zeros(len(units), dtype=torch.bool)
-        for name, row in units.filters.items():
-            removed[row[~gates[name]]] = True
-        cut(self.model, units, removed)
-        self.model.load_state_dict(weights)
+        """Takes the model from where it is to where an earlier run left it, as a copy.
+
+        Raises:
+            InputError: no run of this model led there.
+        """
+        taken = list(taken)
+        self._require_further(gates, taken)
+        self.model = copy.deepcopy(self.model)
+        try:
+            for branch in taken[len(self.taken) :]:
+                take_out(self.model, branch)
+                self._adopt(self.model, branch)
+            units = self.found.units
+            removed = torch.zeros(len(units), dtype=torch.bool)
+            for name, row in units.filters.items():
+                removed[row[~gates[name][self.gates[name]]]] = True
+            cut(self.model, units, removed)
+            self.model.load_state_dict(weights)
+        except (ModelError, RuntimeError) as error:
+            raise InputError(
+                f"the checkpoint does not fit the model: {error}; remove it, or call with resume=False"
+            ) from error
         self.gates = {name: gate.clone() for name, gate in gates.items()}
         first, *others = self._inputs
         self.found = discover(self.model, *first, others=others)
+
+    def _require_further(
+        self, gates: Mapping[str, torch.Tensor], taken: Sequence[ResidualBranch]
+    ) -> None:
+        """Refuses what would open a gate again, or belongs to other layers."""
+        fits = gates.keys() == self.gates.keys() and all(
+            gates[name].shape == gate.shape and not bool((gates[name] & ~gate).any())
+            for name, gate in self.gates.items()
+        )
+        if not fits or list(taken[: len(self.taken)]) != self.taken or not all(b.owner for b in taken):
+            raise InputError(
+                "the checkpoint does not fit the model: its layers have other filters; remove it, or call "
+                "with resume=False"
+            )
 
 
 def _copied(model: nn.Module) -> nn.Module:

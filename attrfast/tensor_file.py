@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from attrfast import schema
 from attrfast.errors import InputError
 from attrfast.files import copied, replace_file
 
@@ -60,7 +61,10 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], Any]:
     text = metadata.get("about", "")
     if metadata.get("checksum") != _checksum(tensors, text):
         raise InputError(f"{path} is not what was written (its checksum differs): copy it once more")
-    return tensors, json.loads(text)
+    try:
+        return tensors, schema.parsed(text)
+    except InputError as error:
+        raise InputError(f"{path} can't be read: what it says about its tensors: {error}") from error
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], text: str) -> str:

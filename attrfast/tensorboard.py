@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from attrfast.data._optional import require
-from attrfast.result import Step
+from attrfast.history import Step
 
 
 class TensorBoard:

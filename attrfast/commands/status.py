@@ -15,6 +15,6 @@ def interruptible(advice: str) -> Iterator[None]:
     """Turns Ctrl-C inside into one line and exit status 130."""
     try:
         yield
-    except KeyboardInterrupt:
-        typer.echo(f"attrfast: stopped; {advice}", err=True)
+    except KeyboardInterrupt as stop:
+        typer.echo("; ".join(["attrfast: stopped", advice, *map(str, stop.args)]), err=True)
         raise typer.Exit(INTERRUPTED) from None

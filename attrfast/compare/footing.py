@@ -11,7 +11,7 @@ from torch import nn
 
 from attrfast.criteria import Criterion, TrainedCriterion
 from attrfast.finetune import FineTune
-from attrfast.result import Step
+from attrfast.history import Step
 
 Tuning = FineTune | Callable[[nn.Module, int], None]
 

@@ -27,7 +27,7 @@ from attrfast.cost import Cost, cost
 from attrfast.errors import ModelError, TargetError
 from attrfast.evaluate import evaluate
 from attrfast.finetune import fine_tune
-from attrfast.result import Step
+from attrfast.history import Step
 from attrfast.seeding import seeded
 
 _IMPORTANCES = {

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from attrfast.result import Step, row_from_json
+from attrfast.history import Step, row_from_json
 
 
 @dataclass(frozen=True, order=True)

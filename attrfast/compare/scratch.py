@@ -17,7 +17,7 @@ from attrfast.channels import discover
 from attrfast.compare.footing import Footing, Pruned
 from attrfast.evaluate import evaluate
 from attrfast.finetune import FineTune, fine_tune
-from attrfast.result import Step
+from attrfast.history import Step
 from attrfast.seeding import seeded
 from attrfast.surgery import cut
 

@@ -138,6 +138,8 @@ class Work:
                 progress=False,
                 distributed=False,
             )
+            if result.interrupted:
+                raise KeyboardInterrupt  # a part of a run is no figure
             epochs = footing.epochs(len(result.history) - 1, method.criterion)
             return Pruned(result.model, tuple(result.history), result.gates, epochs, result.stopped)
         if method.peer is not None:

@@ -5,7 +5,6 @@ Must not know how it is shown.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from attrfast.checkpoint import STATE, progress
 from attrfast.errors import InputError
-from attrfast.result import Step, row_from_json
+from attrfast.history import Step, row_from_json
 from attrfast.runs.folder import Figures, RunFolder, StoredMaps
 from attrfast.saving import RECIPE, read_recipe
 
@@ -66,7 +65,7 @@ def gather(root: str | Path) -> Gathered:
                 f"{path} holds no step of a run yet: neither {RECIPE}, which `result.save` writes, nor "
                 f"{STATE}, which `prune(output_dir=...)` writes"
             )
-        history, gates = _from_steps(found)
+        history, gates = progress(found)
         criterion = None if scores is None else scores["criterion"]
     return Gathered(
         root=path,
@@ -79,10 +78,3 @@ def gather(root: str | Path) -> Gathered:
         scores=scores,
         maps=folder.maps(),
     )
-
-
-def _from_steps(file: Path) -> tuple[list[Step], dict[str, torch.Tensor]]:
-    try:
-        return progress(json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} can't be read: {error}") from error

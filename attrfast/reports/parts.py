@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from attrfast.history import Step
 from attrfast.map_pictures import HEAT, shown_image
 from attrfast.reports.gathered import Gathered
-from attrfast.result import Step
 from attrfast.runs.phases import Phase
 
 

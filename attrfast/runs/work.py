@@ -62,6 +62,7 @@ def carry_out(
 
     Raises:
         AttrfastError: something is not usable; see `attrfast.prune`.
+        KeyboardInterrupt: after Ctrl-C; what was pruned until then is saved.
     """
     with together() as group:
         return _carried_out(settings, folder, group, progress and group.first, callback)
@@ -141,6 +142,11 @@ def _carried_out(
             resume=True,
             progress=progress,
             callback=callback,
+        )
+    if result.interrupted:
+        result.save(folder.root)
+        raise KeyboardInterrupt(
+            f"the network as it was after step {result.history[-1].step} is saved there"
         )
     with phase("testing the pruned network", device, figures.phases):
         after = group.from_first("testing", lambda: _tested(result.model, splits, device))
