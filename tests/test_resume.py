@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +235,14 @@ def test_a_folder_that_cant_be_written_is_told_before_the_run(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to SIGINT, which a process that was started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_in(step: int) -> Callable[[nn.Module, int], None]:
     def tune(model: nn.Module, now: int) -> None:
         if now >= step:
@@ -243,6 +251,7 @@ def interrupt_in(step: int) -> Callable[[nn.Module, int], None]:
     return tune
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_gives_what_is_pruned_so_far(tmp_path: Path) -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
@@ -264,6 +273,7 @@ def test_ctrl_c_gives_what_is_pruned_so_far(tmp_path: Path) -> None:
     assert widths == result.history[-1].filters
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_place_leaves_the_last_whole_step_in_the_model() -> None:
     model = network()
     with pytest.warns(UserWarning, match="interrupted after step 1"):
@@ -277,6 +287,7 @@ def test_ctrl_c_in_place_leaves_the_last_whole_step_in_the_model() -> None:
     )
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_before_the_first_step_is_whole_is_passed_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prune(tmp_path, finetune=interrupt_in(1))
