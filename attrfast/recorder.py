@@ -13,7 +13,7 @@ import copy
 import functools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -307,6 +307,18 @@ class _RecorderMode(CallMode):
     def __init__(self, recorder: ScoreRecorder) -> None:
         super().__init__()
         self.recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        kinds: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        # Optimisers read the attributes of every parameter again and again.
+        if getattr(func, "__name__", "") == "__get__":
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, kinds, args, kwargs)
 
     def meet(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]

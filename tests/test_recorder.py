@@ -53,7 +53,7 @@ def assert_same(found: attrfast.Scores, expected: attrfast.Scores) -> None:
 # -- the numbers -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[recording.SMALL, 0], ids=["by taps", "by ReLUs"])
+@pytest.fixture(params=[recording.FUSED_FROM, 0], ids=["by taps", "by ReLUs"])
 def fused_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "FUSED_FROM", request.param)
 
