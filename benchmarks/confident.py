@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from attrfast import data
 from attrfast.batches import unpack
@@ -25,6 +24,7 @@ from attrfast.scores import normalized
 from attrfast.tiers import Runner
 from attrfast.units import Units
 from benchmarks import machine
+from benchmarks.training import train
 
 NETWORKS = ("vgg_small", "resnet20", "resnet18")
 FEWER, SAME = 5.0, 0.98  # times fewer samples, and the share of the chosen filters that is the same
@@ -43,7 +43,7 @@ def measure(name: str, criterion: str, *, epochs: int, orders: int) -> dict[str,
     torch.manual_seed(0)
     splits = data.fashion_mnist(val_size=100, batch_size=_BATCH, seed=0)
     model = _RepeatsChannels() if name == "resnet18" else network(name, splits)()
-    _train(model, splits.train, epochs)
+    train(model, splits.train, epochs)
     model.eval()
     matrix, units = _score_matrix(model, splits.train, criterion)
     importance = functools.partial(_importance, criterion, units)
@@ -87,19 +87,6 @@ class _RepeatsChannels(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.inside(x.expand(-1, 3, -1, -1))
         return out
-
-
-def _train(model: nn.Module, loader: Any, epochs: int) -> None:
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    steps = max(1, epochs * len(loader))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps + 1)
-    model.train()
-    for _ in range(epochs):
-        for images, labels in loader:
-            optimiser.zero_grad()
-            functional.cross_entropy(model(images), labels).backward()
-            optimiser.step()
-            schedule.step()
 
 
 def _score_matrix(model: nn.Module, loader: Any, criterion: str) -> tuple[torch.Tensor, Units]:

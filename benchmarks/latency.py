@@ -27,6 +27,7 @@ from attrfast.surgery import cut
 from attrfast.units import Units
 from benchmarks import machine, networks
 from benchmarks.priority import first_in_line
+from benchmarks.training import train
 
 TARGET, SPEEDUP, ERROR = "0.5x", 1.8, 0.10
 SMALL_TARGET = "0.55x"  # of the small networks, whose narrow layers can't lose half of their time
@@ -129,7 +130,7 @@ def accuracy(name: str, seed: int, *, images: int = 4000, epochs: int = 8) -> di
     torch.manual_seed(seed)
     splits = data.fashion_mnist(val_size=60000 - images, batch_size=64, seed=seed)
     model = getattr(models, name)(num_classes=10, in_channels=1)
-    _train(model, splits.train, epochs)
+    train(model, splits.train, epochs)
     example = next(iter(splits.test))[0][:32]
     tested = list(splits.test)
     options: dict[str, Any] = {
@@ -165,20 +166,6 @@ def accuracy(name: str, seed: int, *, images: int = 4000, epochs: int = 8) -> di
             rows.append(row)
     before = evaluate(model, tested, device=_CPU).top1
     return {"before": before, "rows": rows, "machine": machine.facts()}
-
-
-def _train(model: nn.Module, loader: Any, epochs: int) -> None:
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=3e-3, total_steps=epochs * len(loader)
-    )
-    model.train()
-    for _ in range(epochs):
-        for images, labels in loader:
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimiser.step()
-            schedule.step()
 
 
 def error(row: dict[str, Any]) -> float:

@@ -133,6 +133,7 @@ class Work:
                 finetune=footing.finetune,
                 final_finetune=footing.final_finetune,
                 max_batches=footing.max_batches,
+                stop=None,  # as much as Torch-Pruning's pruners read
                 device=footing.device,
                 seed=footing.seed,
                 progress=False,
