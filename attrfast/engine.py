@@ -35,7 +35,7 @@ from attrfast.pooling import pool
 from attrfast.portions import parse_memory
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
 from attrfast.stopping import Stop, check_stop, part_read
-from attrfast.trace import preserved
+from attrfast.trace import ordinary_region, preserved
 from attrfast.units import Units
 
 CriterionLike = str | Criterion | type[Criterion]
@@ -194,13 +194,7 @@ def attribute(
     running: Pass | None = None
     early: Stop | None = None
     found: Discovery | None = None
-    # Whatever region the caller is in: gradients are recorded, and amp_dtype alone says what is autocast.
-    with (
-        together(distributed) as group,
-        preserved(model),
-        torch.inference_mode(False),
-        torch.autocast(place.type, enabled=False),
-    ):
+    with together(distributed) as group, preserved(model), ordinary_region(place):
         if stop is not None and not group.alone:
             raise InputError(
                 "stop='confident' decides by the samples of one process; leave it out where several score "

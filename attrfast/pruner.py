@@ -46,6 +46,7 @@ from attrfast.selection import for_the_worst_class
 from attrfast.shrinking import Shrinking, install
 from attrfast.stopping import can_stop, check_stop, is_long_and_shuffled
 from attrfast.targets import Asked, Targets
+from attrfast.trace import ordinary_region
 
 Callback = Callable[[Step, nn.Module], None]
 
@@ -206,7 +207,7 @@ def prune(
         raise InputError("resume=True needs output_dir, the folder with the steps that were saved")
     with together(distributed) as group, contextlib.ExitStack() as region:
         place, progress = resolve_device(model, device), progress and group.first
-        region.enter_context(_ordinary(place))
+        region.enter_context(ordinary_region(place))
         if output_dir is not None and group.first:
             _require_folder(Path(output_dir))
         parse_memory(memory_limit, place)
@@ -312,17 +313,6 @@ def prune(
             original=None if inplace else model,
             interrupted=interrupted,
         )
-
-
-@contextlib.contextmanager
-def _ordinary(device: torch.device) -> Iterator[None]:
-    """Whatever region the caller is in: gradients are recorded, and amp_dtype alone says what is autocast."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
-        yield
 
 
 def _require_folder(folder: Path) -> None:

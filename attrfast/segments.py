@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attrfast import random_state
 from attrfast.following import Follower, PlanMismatchError
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.taps import TapMode
@@ -162,7 +163,7 @@ def in_segments(
         PlanMismatchError: the model makes other calls than those of the record.
     """
     anchor = torch.zeros((), device=device, requires_grad=True)
-    random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    random = random_state.now([], device)
     starts = [Boundary(0, frozenset()), *cuts]
     found: list[torch.Tensor] = []
     # Of every objective: value -> its gradient, from the segments behind it.
@@ -170,9 +171,7 @@ def in_segments(
     for start, stop in reversed(list(zip(starts, [*cuts, None], strict=True))):
         matrix = new_matrix()
         mode = _SegmentMode(model, record, start, stop, readers, matrix, anchor, guided=guided)
-        torch.set_rng_state(random[0])
-        if random[1] is not None:
-            torch.cuda.set_rng_state(random[1], device)
+        random_state.restore(random, [], device)
         totals: list[torch.Tensor] | None = None
         try:
             with mode:

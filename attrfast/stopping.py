@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from attrfast import confidence
 from attrfast.batches import Batch
+from attrfast.confidence import FIRST, Looks
 from attrfast.criteria import Criterion, Reduction, has_own_pass
 from attrfast.errors import InputError
 from attrfast.passes import Pass
@@ -33,21 +33,21 @@ class Stop:
     """
 
     def __init__(
-        self, running: Pass, normalize: str | None, confident: float, lowest: int | None, seed: int
+        self, running: Pass, normalize: str | None, confidence: float, lowest: int | None, seed: int
     ) -> None:
         running.keep_groups()
         self._running = running
         self._looks = [
-            confidence.Looks(
+            Looks(
                 running.units,
                 functools.partial(_ranked, tally.reduction, running.units, normalize),
-                confidence=confident,
+                confidence=confidence,
                 lowest=lowest,
                 seed=seed,
             )
             for tally in running.tallies
         ]
-        self._first, self._labels = True, (0, 0)
+        self._labels: tuple[int, int] | None = None  # the lowest, and the highest of the last batch
         self._ascending = True
         self._early = False
 
@@ -61,7 +61,7 @@ class Stop:
         self._watch(batch.extremes)
         if part >= 1:
             return False
-        if self._ascending and self._running.samples >= confidence.FIRST:
+        if self._ascending and self._running.samples >= FIRST:
             return False  # the samples to come are of other classes
         for looks, tally in zip(self._looks, self._running.tallies, strict=True):
             assert tally.groups is not None
@@ -71,18 +71,18 @@ class Stop:
 
     def _watch(self, extremes: tuple[int, int] | None) -> None:
         """Follows whether labels have come in ascending order so far."""
-        first, self._first = self._first, False
         if extremes is None:
             self._ascending = False
             return
         low, high = extremes
-        self._ascending = self._ascending and (first or low >= self._labels[1])
-        self._labels = (low if first else self._labels[0], high)
+        lowest, last = self._labels or (low, low)
+        self._ascending = self._ascending and low >= last
+        self._labels = lowest, high
 
     def undecided(self) -> list[torch.Tensor]:
         """(U,) bool for each criterion; nothing is undecided where everything was read."""
-        sorted_labels = self._ascending and self._labels[0] < self._labels[1]
-        if sorted_labels and self._running.samples >= confidence.FIRST:
+        lowest, last = self._labels or (0, 0)
+        if self._ascending and lowest < last and self._running.samples >= FIRST:
             warnings.warn(
                 "stop='confident' read all samples, because the loader sorts them by their labels, so that "
                 "the first tell nothing about the rest; give a loader that shuffles",
@@ -116,12 +116,12 @@ def is_long_and_shuffled(loader: Iterable[Any]) -> bool:
     )
 
 
-def check_stop(stop: str | None, confident: float, lowest: int | None) -> None:
+def check_stop(stop: str | None, confidence: float, lowest: int | None) -> None:
     """Raises InputError where one of these can't be used."""
     if stop not in (None, "confident"):
         raise InputError(f"stop must be 'confident' or None (read everything), got {stop!r}")
-    if not (isinstance(confident, (int, float)) and 0 < confident < 1):
-        raise InputError(f"confidence must be between 0 and 1, for instance 0.95, got {confident!r}")
+    if not (isinstance(confidence, (int, float)) and 0 < confidence < 1):
+        raise InputError(f"confidence must be between 0 and 1, for instance 0.95, got {confidence!r}")
     if lowest is not None and (isinstance(lowest, bool) or not isinstance(lowest, int) or lowest < 1):
         raise InputError(
             f"lowest must be a whole number of filters of at least 1, or None for a sixteenth of all, got "

@@ -323,6 +323,17 @@ def state_names(model: nn.Module) -> dict[int, str]:
 
 
 @contextlib.contextmanager
+def ordinary_region(device: torch.device) -> Iterator[None]:
+    """Whatever region the caller is in: gradients can be recorded, and nothing is autocast unless asked for."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Puts training flags, buffers and the global random state back as they were.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
 import warnings
 from typing import Any
@@ -18,6 +17,7 @@ from attrfast.batches import unpack
 from attrfast.channels import discover
 from attrfast.graph import bytes_per_sample
 from attrfast.portions import Limit, Portions, is_out_of_memory, parse_memory
+from benchmarks import fresh
 
 CPU = torch.device("cpu")
 
@@ -114,7 +114,7 @@ def test_pruning_goes_on_in_halves() -> None:
     assert all(torch.equal(whole.gates[name], halves.gates[name]) for name in whole.gates)
 
 
-def _under_a_real_limit(queue: Any) -> None:
+def _under_a_real_limit() -> tuple[int, float]:
     torch.set_num_threads(1)
     model = nn.Sequential(
         *(m for _ in range(6) for m in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())),
@@ -128,17 +128,12 @@ def _under_a_real_limit(queue: Any) -> None:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + (40 << 20),) * 2)
     found = score(model, [(images, labels)])
-    queue.put((found.samples, float((found.raw - small.raw).abs().max() / small.raw.max())))
+    return found.samples, float((found.raw - small.raw).abs().max() / small.raw.max())
 
 
 def test_an_allocator_that_fails_in_earnest_is_survived() -> None:
     """The system gives 40 MB more; the batch of 32 would take 6 times 8 MB and more."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_under_a_real_limit, args=(queue,))
-    process.start()
-    samples, difference = queue.get(timeout=120)
-    process.join()
+    samples, difference = fresh.call(_under_a_real_limit)
     assert samples == 32
     assert difference < 1e-5
 
@@ -229,7 +224,7 @@ def test_a_sample_above_the_limit_is_told_once(monkeypatch: pytest.MonkeyPatch) 
     assert memory.seen == [1] * 6
 
 
-def _growth(queue: Any, limit: str | None) -> None:
+def _growth(limit: str | None) -> tuple[int, list[float]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = attrfast.models.vgg_small(num_classes=10, in_channels=3).eval()
@@ -243,7 +238,7 @@ def _growth(queue: Any, limit: str | None) -> None:
     forget = portions._forget_peak
     portions._forget_peak = lambda device: (seen.append(_status("VmHWM")), forget(device))[1]
     found = score(model, loader, memory_limit=limit)
-    queue.put((max([*seen[1:], _status("VmHWM")]) - before, found.raw.tolist()))
+    return max([*seen[1:], _status("VmHWM")]) - before, found.raw.tolist()
 
 
 def _status(field: str) -> int:
@@ -251,16 +246,7 @@ def _status(field: str) -> int:
 
 
 def test_a_pass_stays_under_its_limit() -> None:
-    context = multiprocessing.get_context("spawn")
-    taken, scores = [], []
-    for limit in ("128MB", None):
-        queue = context.Queue()
-        process = context.Process(target=_growth, args=(queue, limit))
-        process.start()
-        growth, raw = queue.get(timeout=120)
-        process.join()
-        taken.append(growth)
-        scores.append(raw)
+    taken, scores = zip(*(fresh.call(_growth, limit) for limit in ("128MB", None)), strict=True)
     assert taken[0] <= 128e6 < 200e6 < taken[1]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5, abs=1e-8)
 
