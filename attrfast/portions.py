@@ -27,6 +27,9 @@ _CAUTION = 0.75  # of the limit is made use of
 _FIRST = 0.5  # of what the plan allows, as long as nothing has been measured
 _GROWTH = 2.0  # at most, from one portion to the next
 _WORTH = 1.5  # a portion grows by this much or not at all: with every size, heaps get more holes
+_SETTLED = (
+    4  # portions of a size are measured before it grows: the first fill holes that were there before
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Portions:
         self._parts_per_sample = 0.0 if comfort is None or limit is not None else planned / comfort
         self._size = most
         self._warned = self._measured = False
+        self._seen, self._highest = 0, 0.0
         if limit is not None and planned > 0:
             self._resize(_FIRST * limit.bytes / planned)
 
@@ -133,16 +137,21 @@ class Portions:
                 f"one sample takes {took / 1e6:,.0f} MB, more than memory_limit ({limit / 1e6:,.0f} MB)",
                 stacklevel=2,
             )
-        fitting = min(_CAUTION * limit * samples / took, _GROWTH * samples)
-        if took > limit or fitting >= _WORTH * (self._size or samples):
-            self._resize(fitting)
+        size = self._size or samples
+        if took > limit:
+            self._resize(_CAUTION * limit * samples / took)
+        elif samples >= size / _WORTH:  # smaller ones tell more of what all portions take alike
+            self._seen, self._highest = self._seen + 1, max(self._highest, took / samples)
+            fitting = min(_CAUTION * limit / self._highest, _GROWTH * samples)
+            if self._seen >= _SETTLED and fitting >= _WORTH * size:
+                self._resize(fitting)
 
     def _resize(self, samples: float) -> None:
         size = max(1, int(samples))
         if self._most is not None:
             size = min(size, self._most)
         if size != self._size:
-            self._size = size
+            self._size, self._seen, self._highest = size, 0, 0.0
             self._give_back()
 
     def _give_back(self) -> None:

@@ -155,8 +155,8 @@ def test_the_plan_counts_what_stages_keep_and_the_two_largest_tensors() -> None:
 class _Memory:
     """Stands in for the system: every sample takes 10 bytes over 100 that are there."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fixed: int = 0) -> None:
-        self.peak, self.fixed, self.seen = 100, fixed, list[int]()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fixed: int = 0, holes: int = 0) -> None:
+        self.peak, self.fixed, self.holes, self.seen = 100, fixed, holes, list[int]()
         monkeypatch.setattr("attrfast.portions._forget_peak", self._forget)
         monkeypatch.setattr("attrfast.portions._peak", lambda _: self.peak)
 
@@ -166,7 +166,8 @@ class _Memory:
 
     def work(self, part: Any) -> None:
         self.seen.append(part.samples)
-        self.peak = 100 + self.fixed + 10 * part.samples
+        self.peak = 100 + max(1, self.fixed + 10 * part.samples - self.holes)
+        self.holes //= 4
 
 
 def batch_of(samples: int) -> Any:
@@ -202,6 +203,17 @@ def test_a_large_batch_is_parted_into_four_at_most(samples: int, expected: list[
     portions.run(batch_of(samples), lambda part: seen.append(part.samples))
     assert sum(seen) == samples
     assert max(seen) <= 7
+
+
+@pytest.mark.parametrize("holes", [300, 1000, 4000])
+def test_first_portions_that_fill_holes_of_the_heap_mislead_nobody(
+    monkeypatch: pytest.MonkeyPatch, holes: int
+) -> None:
+    memory = _Memory(monkeypatch, holes=holes)
+    portions = Portions(CPU, limit=Limit(1000, 100), planned=10.0)
+    for _ in range(6):
+        portions.run(batch_of(2000), memory.work)
+    assert 60 <= max(memory.seen) <= 100
 
 
 def test_a_limit_that_was_passed_makes_portions_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
