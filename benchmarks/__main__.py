@@ -140,15 +140,28 @@ def confident(
     criterion: Annotated[str, typer.Option(help="What filters are scored by.")] = "attribution",
     epochs: Annotated[int, typer.Option(min=0, help="Of training.")] = 2,
     orders: Annotated[int, typer.Option(min=1, help="Random orders of the training set.")] = 10,
+    seeds: Annotated[int, typer.Option(min=0, help="Of each small network, that are pruned.")] = 3,
 ) -> None:
-    """How many samples of Fashion-MNIST are read until the lowest filters are settled."""
+    """How many samples of Fashion-MNIST are read until the lowest filters are settled, and the accuracy."""
     results = report.read("confident.json")
-    for name in network:
-        report.say(f"confident: {name}")
-        results[name] = confident_benchmark.measure(name, criterion, epochs=epochs, orders=orders)
+
+    def keep(part: str, name: str, found: dict[str, Any]) -> None:
+        results.setdefault(part, {})[name] = found
         report.write("confident.json", results)
         _publish()
-    report.show([report.confident_sheet(results)])
+
+    for name in network:
+        report.say(f"confident: {name}")
+        keep("samples", name, confident_benchmark.measure(name, criterion, epochs=epochs, orders=orders))
+    for name in [name for name in network if name in confident_benchmark.SMALL]:
+        for seed in range(seeds):
+            report.say(f"confident: {name}, pruned, seed {seed}")
+            keep(
+                "accuracy",
+                f"{name}, seed {seed}",
+                confident_benchmark.accuracy(name, seed, epochs=epochs),
+            )
+    report.show(report.confident_sheets(results))
 
 
 def _publish() -> None:
@@ -159,8 +172,7 @@ def _publish() -> None:
     if kernels:
         sheets += report.kernel_sheets(kernels)
     sheets += [report.recorder_sheet(result) for result in recorded.values()]
-    if settled:
-        sheets.append(report.confident_sheet(settled))
+    sheets += report.confident_sheets(settled)
     report.write_markdown(sheets)
     if passes:
         picture.draw(passes, report.RESULTS / "passes.png")

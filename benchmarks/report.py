@@ -109,35 +109,73 @@ def recorder_sheet(result: dict[str, Any]) -> Sheet:
     return sheet
 
 
-def confident_sheet(results: dict[str, Any]) -> Sheet:
-    """What `stop="confident"` reads, network by network."""
+def confident_sheets(results: dict[str, Any]) -> list[Sheet]:
+    """What `stop="confident"` reads, and the accuracy after pruning with it; each where it was measured."""
+    sheets = []
+    if read := results.get("samples"):
+        sheets.append(_samples_sheet(read))
+    if pruned := results.get("accuracy"):
+        sheets.append(_accuracy_sheet(pruned))
+    return sheets
+
+
+def _samples_sheet(results: dict[str, Any]) -> Sheet:
     first = next(iter(results.values()))
+    orders = len(first["asked"][0]["orders"])
     sheet = Sheet(
         'Samples that `stop="confident"` reads of Fashion-MNIST',
-        ["", "filters", "asked about", "of samples", "read", "times fewer", "same filters", ""],
+        ["", "lowest filters", "of", "samples read", "of", "times fewer", "same filters", ""],
         [
-            f"{first['criterion']}, confidence 0.95, {len(first['orders'])} random orders of the training set "
-            f"after {first['epochs']} epochs of training: mean (range). “Same”: of the lowest filters, those "
-            f"that all samples choose as well; at least {confident.SAME:.0%} and {confident.FEWER:g} times "
-            f"fewer asked.",
+            f"{first['criterion']}, confidence 0.95, {orders} random orders of the training set after "
+            f"{first['epochs']} epochs of training: mean (range). “Same”: of the chosen, those that all "
+            f"samples choose as well; at least {confident.SAME:.0%} and {confident.FEWER:g} times fewer asked.",
             machine.one_line(first["machine"]),
         ],
     )
     for name, found in results.items():
-        read = [row["samples"] for row in found["orders"]]
-        same = [row["same"] / found["lowest"] for row in found["orders"]]
-        fewer = found["samples"] * len(read) / sum(read)
-        good = sum(same) / len(same) >= confident.SAME
+        for asked in found["asked"]:
+            read = [row["samples"] for row in asked["orders"]]
+            same = [row["same"] for row in asked["orders"]]
+            fewer = found["samples"] * len(read) / sum(read)
+            good = sum(same) / len(same) >= confident.SAME
+            sheet.rows.append(
+                [
+                    name,
+                    f"{asked['lowest']}",
+                    f"{found['filters']:,}",
+                    f"{sum(read) / len(read):,.0f} ({min(read):,} to {max(read):,})",
+                    f"{found['samples']:,}",
+                    f"{fewer:.1f}",
+                    f"{sum(same) / len(same):.1%} ({min(same):.1%} to {max(same):.1%})",
+                    "held" if good and fewer >= confident.FEWER else "missed",
+                ]
+            )
+    return sheet
+
+
+def _accuracy_sheet(results: dict[str, Any]) -> Sheet:
+    first = next(iter(results.values()))
+    sheet = Sheet(
+        'Pruning Fashion-MNIST networks with `stop="confident"` and with all samples',
+        ["", "before", "all samples", "confident", "difference", "samples scored", "time of scoring"],
+        [
+            f"Test top-1 after {first['epochs']} epochs of training, pruning in steps to "
+            f"{confident.MACS:.0%} of the multiply-adds and one epoch of fine-tuning; the same seeds for both. "
+            f"The last two columns: confident as a share of all.",
+            machine.one_line(first["machine"]),
+        ],
+    )
+    for name, found in results.items():
+        whole, early = (found["ways"][way] for way in ("everything", "confident"))
         sheet.rows.append(
             [
                 name,
-                f"{found['units']:,}",
-                f"{found['lowest']}",
-                f"{found['samples']:,}",
-                f"{sum(read) / len(read):,.0f} ({min(read):,} to {max(read):,})",
-                f"{fewer:.1f}",
-                f"{sum(same) / len(same):.1%} ({min(same):.1%} to {max(same):.1%})",
-                "held" if good and fewer >= confident.FEWER else "missed",
+                f"{whole['before']:.2%}",
+                f"{whole['top1']:.2%}",
+                f"{early['top1']:.2%}",
+                f"{100 * (early['top1'] - whole['top1']):+.2f} points",
+                f"{early['samples'] / whole['samples']:.2f}",
+                f"{early['seconds_scoring'] / whole['seconds_scoring']:.2f}",
             ]
         )
     return sheet
