@@ -26,7 +26,7 @@ from benchmarks.quiet import LIMIT, Clock
 SAMPLES = (1_000, 3_000, 10_000, 30_000, 100_000)
 DEPTHS = (10, 30, 100, 300, 1_000)
 BOUNDED = "attrfast, memory_limit"
-MEMORY_LIMIT = "100MB"  # of `BOUNDED`
+MEMORY_LIMIT = 100_000_000  # bytes, of `BOUNDED`
 LINEAR, FLAT = 1.05, 1.20  # at most: the exponent of time, and the highest peak over the lowest
 
 _WIDTH, _SIDE = 16, 16  # of the chains: channels, and pixels of their images' sides
@@ -42,25 +42,26 @@ class Series:
         title: what grows, as pictures and tables say it.
         points: its values.
         contenders: who is measured.
-        flat: whose peak must not grow with it.
+        linear: whether attrfast's time may grow, in proportion.
+        flat: whether attrfast's peak must not grow.
     """
 
     title: str
     points: tuple[int, ...]
     contenders: tuple[str, ...]
-    flat: tuple[str, ...]
+    linear: bool
+    flat: bool
 
 
 def all_series(samples: Sequence[int] = SAMPLES, depths: Sequence[int] = DEPTHS) -> dict[str, Series]:
     """What `measure` measures: up to so many samples, and layers."""
-    scored = (1, *depths)
+    both = "hooks", "attrfast"
+    scored = f"layers scored of {depths[-1]:,}"
     return {
-        "samples": Series("samples", tuple(samples), ("hooks", "attrfast"), ("attrfast",)),
-        "scored": Series(
-            f"layers scored of {depths[-1]:,}", scored, ("hooks", "captum", "attrfast"), ("attrfast",)
-        ),
+        "samples": Series("samples", tuple(samples), both, linear=True, flat=True),
+        "scored": Series(scored, (1, *depths[::-2][::-1]), ("captum", *both), linear=False, flat=True),
         "depth": Series(
-            "layers of the network", tuple(depths), ("hooks", "attrfast", BOUNDED), (BOUNDED,)
+            "layers of the network", tuple(depths), (*both, BOUNDED), linear=True, flat=False
         ),
     }
 
@@ -149,8 +150,8 @@ def fit(series: Series, name: str, points: list[dict[str, Any]]) -> dict[str, An
 
     Returns:
         The exponent of its time over the larger half of the points (there, what is done once no longer
-        counts), what each unit more takes of memory, the highest peak over the lowest, and what attrfast
-        holds of `LINEAR` and `FLAT`.
+        counts), the bytes that each unit more takes, the highest peak over the lowest, and what attrfast
+        holds of `LINEAR`, `FLAT` and `MEMORY_LIMIT`.
     """
     seconds = [row["seconds"] for row in points]
     peaks = [row["bytes"] for row in points]
@@ -161,11 +162,11 @@ def fit(series: Series, name: str, points: list[dict[str, Any]]) -> dict[str, An
     spread = max(peaks) / max(1, min(peaks))
     quiet = not any(row["disturbed"] for row in points[top])
     verdicts = {}
-    if name.startswith("attrfast") and series.title != all_series()["scored"].title:
-        held = "held" if exponent <= LINEAR else "missed"
-        verdicts["time"] = held if quiet else "disturbed"
-    if name in series.flat:
-        verdicts["memory"] = "held" if spread <= FLAT else "missed"
+    if series.linear and name.startswith("attrfast"):
+        verdicts["time"] = ("held" if exponent <= LINEAR else "missed") if quiet else "disturbed"
+    if name == BOUNDED or (series.flat and name == "attrfast"):
+        good = max(peaks) <= MEMORY_LIMIT if name == BOUNDED else spread <= FLAT
+        verdicts["memory"] = "held" if good else "missed"
     return {
         "exponent": exponent,
         "bytes_each": statistics.linear_regression(series.points, peaks).slope,

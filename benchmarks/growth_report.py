@@ -53,7 +53,8 @@ def _fits(result: dict[str, Any]) -> Sheet:
         ["with", "", "time ~ n to the", "memory for each one more", "highest / lowest peak", ""],
         [
             f"The exponent is that of the larger half of the points; time counts as linear up to "
-            f"{growth.LINEAR:.2f}, memory as flat up to {growth.FLAT:.2f} times the lowest peak."
+            f"{growth.LINEAR:.2f}, memory as flat up to {growth.FLAT:.2f} times the lowest peak. "
+            f"“{growth.BOUNDED}” may take {growth.MEMORY_LIMIT / 1e6:.0f} MB."
         ],
     )
     for series in result["series"].values():
