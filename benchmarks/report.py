@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import confident, kernels, machine, passes, recorder
+from benchmarks import confident, kernels, machine, passes, recorder, whole
 from benchmarks.quiet import LIMIT
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,12 +38,33 @@ def write(name: str, content: dict[str, Any]) -> None:
     (RESULTS / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def pass_sheets(result: dict[str, Any]) -> list[Sheet]:
-    """Time, memory and targets of one network."""
+def overview_sheet(results: dict[str, Any]) -> Sheet:
+    """Whether attrfast's pass holds its targets, case by case."""
+    goals = {f"{t.quantity} / {t.against}, at most {t.limit:.2f}": t for t in passes.TARGETS}
+    sheet = Sheet(
+        "Passes: targets of attrfast",
+        ["", "time", "peak memory", *goals],
+        ["Each figure is attrfast's, divided by that of another; a target that is missed says so."],
+    )
+    for result in results.values():
+        ours = result["contenders"]["attrfast"]
+        found = {(t["quantity"], t["against"]): t for t in result["targets"]}
+        cells = []
+        for goal in goals.values():
+            target = found.get((goal.quantity, goal.against))
+            verdict = "" if target is None or target["verdict"] == "held" else f" {target['verdict']}"
+            cells.append(f"{_number(target['ratio'])}{verdict}".strip() if target else "")
+        size = "" if ours["bytes"] is None else f"{ours['bytes'] / 1e6:.0f} MB"
+        sheet.rows.append([result["label"], f"{ours['seconds']:.2f} s", size, *cells])
+    return sheet
+
+
+def pass_sheet(result: dict[str, Any]) -> Sheet:
+    """Time and memory of every contender in one case."""
     rows = result["contenders"]
     sheet = Sheet(
         f"{result['label']}: one pass of 4 batches",
-        ["", "format", "time", "× floor", "× bare", "× captum", "peak memory", "× hooks", "× bare"],
+        ["", "format", "time", "× floor", "× bare", "× captum", "peak", "× hooks", "× inference"],
         [
             f"{result['rounds']} interleaved rounds, {result['repeats']} repeats of each peak. "
             + _disturbed(result["disturbed"]),
@@ -62,10 +83,10 @@ def pass_sheets(result: dict[str, Any]) -> list[Sheet]:
                     for base in ("floor", "bare", "captum")
                 ),
                 "" if size is None else f"{size / 1e6:.0f} MB",
-                *(_number(passes.memory_ratio(rows, name, base)) for base in ("hooks", "bare")),
+                *(_number(passes.memory_ratio(rows, name, base)) for base in ("hooks", "inference")),
             ]
         )
-    return [sheet, _target_sheet(f"{result['label']}: targets of attrfast", result["targets"])]
+    return sheet
 
 
 def kernel_sheets(result: dict[str, Any]) -> list[Sheet]:
@@ -181,6 +202,26 @@ def _accuracy_sheet(results: dict[str, Any]) -> Sheet:
     return sheet
 
 
+def whole_sheet(results: dict[str, Any]) -> Sheet:
+    """A whole data set scored in three ways, network by network."""
+    first = next(iter(results.values()))
+    sheet = Sheet(
+        f"A whole data set: Fashion-MNIST's {first['samples']:,} training images",
+        ["", "epochs before", *first["seconds"], "read", "times faster", "at least", ""],
+        [
+            f"Medians of {first['rounds']} interleaved rounds, each in a new order. “Read”: samples that "
+            f'`stop="confident"` reads; “times faster”: than hooks over all samples.',
+            machine.one_line(first["machine"]),
+        ],
+    )
+    for name, row in results.items():
+        seconds = (f"{taken:.1f} s" for taken in row["seconds"].values())
+        read = f"{min(row['read']):,} to {max(row['read']):,}"
+        found = [read, f"{row['faster']:.1f}", f"{whole.FASTER:g}", row["verdict"]]
+        sheet.rows.append([name, str(row["epochs"]), *seconds, *found])
+    return sheet
+
+
 def _disturbed(names: list[str]) -> str:
     if not names:
         return f"Other processes used at most {LIMIT:.0%} of the machine during the runs that count."
@@ -220,7 +261,7 @@ def say(what: str) -> None:
     Console(stderr=True).print(what, style="dim")
 
 
-PASSES_AND_KERNELS = """\
+LATEST = """\
 # Latest figures
 
 Written by `make bench` (`python -m benchmarks`); [what is measured, and how](../README.md). Every ratio is \
@@ -232,9 +273,9 @@ the medians beside it.
 def write_markdown(
     sheets: list[Sheet],
     name: str = "README.md",
-    introduction: str = PASSES_AND_KERNELS,
+    introduction: str = LATEST,
     picture: str = "passes.png",
-    caption: str = "time and memory of a pass",
+    caption: str = "time and memory of a pass, beside the convolutions' time and a hook-based script's memory",
 ) -> None:
     """Writes all tables to a file of `results/`."""
     parts = [introduction, f"![{caption}]({picture})\n"]
