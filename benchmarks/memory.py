@@ -3,7 +3,7 @@
 The allocator's peaks depend on where its first small pieces happened to lie. So every repeat starts a new
 process, which imports all libraries, runs nothing, and is forked for each contender: all contenders of a
 repeat start from the same state, and repeats from different ones. Libraries set themselves up on a tiny
-convolution before the measurement begins.
+convolution, and the contender scores a tiny network, before the measurement begins.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def _round(formats: dict[str, str], case: Case) -> dict[str, int]:
 def _peak(name: str, case: Case, layout: str) -> int:
     torch.set_num_threads(THREADS)
     wake_libraries(case.amp_dtype)
+    # Code becomes resident page by page when it first runs: tens of MB, which no pass needs to itself.
+    prepare(name, *load("vgg_small", layout, 1), case.amp_dtype)()
     return grown(prepare(name, *load(case.network, layout, BATCHES), case.amp_dtype))[1]
 
 
