@@ -33,8 +33,9 @@ SCORING = ("hooks", "captum", "torch_pruning", "signed_batch", "attrfast (call t
 
 
 @pytest.fixture(autouse=True)
-def threads():
-    """Benchmarks set the number of threads; tests after these must not see it."""
+def threads(monkeypatch):
+    """Benchmarks set the number of threads; tests after these must not see it. One is enough for toys."""
+    monkeypatch.setattr(machine, "THREADS", 1)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
