@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.fixture
 def results(tmp_path, monkeypatch) -> Path:
-    """Where results go; what would run in a fresh process runs in this one."""
+    """Where results go; what would run in a fresh process runs in this one, which is not cleaned each time."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(machine, "_commit", lambda: "abc1234")
     monkeypatch.setattr(fresh, "call", lambda function, *args, fork=False: function(*args))
