@@ -19,9 +19,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from benchmarks import fresh
+from benchmarks import fresh, machine
 from benchmarks.contenders import prepare
-from benchmarks.machine import THREADS
 from benchmarks.networks import FORMATS, Case, load
 
 T = TypeVar("T")
@@ -47,7 +46,7 @@ def _round(formats: dict[str, str], case: Case) -> dict[str, int]:
 
 
 def _peak(name: str, case: Case, layout: str) -> int:
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(machine.THREADS)
     wake_libraries(case.amp_dtype)
     # Code becomes resident page by page when it first runs: tens of MB, which no pass needs to itself.
     prepare(name, *load("vgg_small", layout, 1), case.amp_dtype)()
