@@ -14,12 +14,12 @@ import torch
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral | torch.SymInt) and (
-        isinstance(value, torch.SymInt) or -(2**63) <= value < 2**63
-    )
+    if isinstance(value, Integral):
+        return -(2**63) <= int(value) < 2**63
+    return isinstance(value, torch.SymInt)
 
 
-def _is_pair(value: Any) -> bool:
+def _are_whole(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(map(_is_whole, value))
 
 
@@ -34,7 +34,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a tensor or None",
         lambda value: value is None or isinstance(value, torch.Tensor),
     ),
-    "list[int]": ("a list of integers of 64 bits", _is_pair),
+    "list[int]": ("a list of integers of 64 bits", _are_whole),
     "float | None": ("a number or None", lambda value: value is None or _is_number(value)),
     "int": ("an integer of 64 bits", _is_whole),
     "bool": ("True or False", lambda value: isinstance(value, bool)),

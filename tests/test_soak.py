@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 SOAK = Path(__file__).with_name("soak.py")
-# What may be left more at the end than after a quarter of the rounds. Each lies far above what was seen, and far
-# below one tensor, node or list a round. PyTorch's convolutions keep code for up to 1,024 shapes, so what
-# the C library gave out may grow while new models bring new shapes.
+# What may be left more at the end than after a quarter of the rounds. Each lies far above what was seen, and
+# below a few objects a round. PyTorch's convolutions keep code for up to 1,024 shapes, so what the C library
+# gave out may grow while new models bring new shapes.
 MOST = {"resident": 6 << 20, "blocks": 1500, "objects": 100}
 MOST_NATIVE = {"passes": 64 << 10, "recorders": 64 << 10, "prunings": 2 << 20}
 
