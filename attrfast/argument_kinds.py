@@ -43,13 +43,17 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def unusable_argument(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    writes: str | None = None,
 ) -> str | None:
     """The first argument that is not of the kind that the function's annotations say; None if all are.
 
     Args:
         function: whose annotations are texts out of `_KINDS`.
         args, kwargs: of a call.
+        writes: the argument that is written into.
     """
     signature = inspect.signature(function)
     try:
@@ -63,6 +67,8 @@ def unusable_argument(
         if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_nested):
             kind = "nested" if value.is_nested else str(value.layout)
             return f"{name} must be a dense tensor, got {kind}"
+        if name == writes and (value.is_neg() or value._is_zerotensor()):
+            return f"{name} is a lazy view, which can't be written into; clone it"
     return None
 
 

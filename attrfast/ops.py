@@ -48,7 +48,11 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _check(
-    op: str, x: Tensor, same: dict[str, Tensor | None], vectors: dict[str, Tensor | None]
+    op: str,
+    x: Tensor,
+    same: dict[str, Tensor | None],
+    vectors: dict[str, Tensor | None],
+    optional: Sequence[str] = ("residual",),
 ) -> None:
     """Shapes, dtypes and devices that every op needs. The fakes check them too: PyTorch calls those, and
     not the op, where one argument is on the meta device.
@@ -64,7 +68,10 @@ def _check(
         )
     for name, other in same.items():
         if other is None:
-            continue
+            if name in optional:
+                continue
+            # The dispatcher hands None to an op that wants a tensor.
+            raise InputError(f"{op}: {name} must be a tensor, got None")
         if other.shape != x.shape:
             raise InputError(f"{op}: {name} has shape {tuple(other.shape)}, expected {tuple(x.shape)}")
         if other.dtype != x.dtype:
@@ -188,8 +195,8 @@ def _op(writes: str | None = None) -> Callable[[Callable[..., Any]], Any]:
                 return op(*args, **kwargs)
             except AttrfastError:
                 raise
-            except (RuntimeError, TypeError, ValueError) as error:
-                fault = unusable_argument(function, args, kwargs)
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+                fault = unusable_argument(function, args, kwargs, writes)
                 if fault is None:
                     raise
                 raise InputError(f"{name}: {fault}") from error

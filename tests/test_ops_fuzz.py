@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import MUTATES, OPS, Call, copy_of, make_call, whole
-from op_checks import same_bits
 
 from attrfast import ops, reference
 from attrfast.errors import AttrfastError, InputError
@@ -69,9 +68,10 @@ CHANGED: dict[str, Callable[[Tensor], Any]] = {
     "an array": Tensor.numpy,
     "a list": Tensor.tolist,
 }
+OTHER_VALUES = {"negated", "all zero, lazily", "one value for all", "lying over itself"}
 NO_TENSORS = [None, 0, 1.5, "x", b"", [], {}, object(), torch.float32, np.float64(1), 2**70, -(2**70)]
 NUMBERS = [None, True, 0, 1, 2, -1, 3, 255, 256, 2**31, 2**63 - 1, 2**70, 0.5, -0.0, math.nan, math.inf]
-NUMBERS += [-math.inf, 1e300, "1", [1], torch.tensor(1.0), torch.ones(2), np.int64(1), object()]
+NUMBERS += [-math.inf, 1e4, "1", [1], torch.tensor(1.0), torch.ones(2), np.int64(1), object()]
 PAIRS = [[1, 1], [2, 3], (2, 2), [0, 1], [-1, 1], [1], [], [1, 1, 1], [255, 1], [256, 1], [2**31, 1]]
 PAIRS += [
     [2**62, 2**62],
@@ -107,7 +107,9 @@ def _instead(name: str, call: Call) -> st.SearchStrategy[Any]:
     if isinstance(value, Tensor):
         others = [x for other, x in call.tensors.items() if other != name and x.shape == value.shape]
         parts = [whole(x)[: value.numel()].view(value.shape) for x in others if x.dtype == value.dtype]
-        changed = st.sampled_from(sorted(CHANGED)).map(lambda kind: _change(value, kind))
+        # Places of maxima that no pooling gives have no definition.
+        kinds = CHANGED.keys() - (OTHER_VALUES if name == "code" else set())
+        changed = st.sampled_from(sorted(kinds)).map(lambda kind: _change(value, kind))
         return st.one_of(changed, changed, st.sampled_from([*NO_TENSORS, value, *others, *parts]))
     if isinstance(value, list):
         return st.sampled_from([value, *PAIRS])
@@ -117,8 +119,13 @@ def _instead(name: str, call: Call) -> st.SearchStrategy[Any]:
 def _change(x: Tensor, kind: str) -> Any:
     try:
         return CHANGED[kind](x)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, IndexError):
         return x
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """All of the memory that x is a view of."""
+    return whole(x.detach()).resolve_neg().view(torch.uint8)
 
 
 def solid(x: Any) -> bool:
@@ -136,7 +143,13 @@ def defined(call: Call) -> list[Tensor]:
             x = (
                 x.resolve_neg() if not x._is_zerotensor() else torch.zeros(x.shape, dtype=x.dtype)
             ).clone()
-        args[name] = list(x) if isinstance(x, tuple) else x
+        if name in ("lower", "upper") and x is not None:
+            x = float(x)
+        elif name in ("count", "ceil_mode", "guided", "absolute"):
+            x = bool(x)
+        elif name in ("kernel", "stride", "padding", "size"):
+            x = [int(n) for n in x]
+        args[name] = x
     out = getattr(reference, call.base)(**Call(call.op, args).with_numbers().args)
     return list(out) if isinstance(out, tuple) else [out]
 
@@ -146,7 +159,7 @@ def test_an_op_is_right_or_refuses_and_changes_nothing_else(op: str) -> None:
     @given(strange(op))
     @settings(max_examples=150, deadline=None)
     def check(call: Call) -> None:
-        before = {name: (x, whole(x).clone()) for name, x in call.args.items() if solid(x)}
+        before = {name: (x, as_bytes(x).clone()) for name, x in call.args.items() if solid(x)}
         written = call.args.get(MUTATES.get(op, ""))
         meta = any(isinstance(x, Tensor) and x.is_meta for x in call.args.values())
         copies = call.with_args(**{name: copy_of(x) for name, (x, _) in before.items()})
@@ -165,7 +178,7 @@ def test_an_op_is_right_or_refuses_and_changes_nothing_else(op: str) -> None:
                 not solid(written)
                 or x.untyped_storage().data_ptr() != written.untyped_storage().data_ptr()
             ):
-                assert same_bits(whole(x), memory)
+                assert torch.equal(as_bytes(x), memory)
 
     check()
 
@@ -193,7 +206,7 @@ def test_what_an_in_place_form_writes_may_be_read_by_it(op: str, where: str) -> 
         ((), "missing a required argument: 'x'"),
         ((torch.ones(2, 3),), "missing a required argument: 'g'"),
         ((torch.ones(2, 3), torch.ones(2, 3), False, 1), "too many positional arguments"),
-        ((torch.ones(2, 3), None), "g must be a tensor, got NoneType None"),
+        ((torch.ones(2, 3), None), "g must be a tensor, got None"),
         ((torch.ones(2, 3), [1.0]), r"g must be a tensor, got list \[1.0\]"),
         ((torch.ones(2, 3), torch.ones(2, 3), "yes"), "absolute must be True or False, got str 'yes'"),
         (
@@ -317,7 +330,8 @@ def test_a_native_launch_is_right_or_refuses(case: tuple[str, list[Any], set[int
     memory = Memory(MOST_ROOMS if name == "winograd" else 10)
     told = {"room": memory.room, "odd": lambda _: memory.start + 1, "top": lambda _: 2**64 - 1}
     args = [
-        told[x[0]](x[1]) if isinstance(x, tuple) and x and isinstance(x[0], str) else x for x in args
+        told[x[0]](x[1]) if isinstance(x, tuple) and x and isinstance(x[0], str) and x[0] in told else x
+        for x in args
     ]
     try:
         getattr(native, name)(*args)
