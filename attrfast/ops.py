@@ -149,8 +149,10 @@ def _pooled(
 def _bounds(op: str, lower: float | None, upper: float | None) -> tuple[float, float]:
     """None means that there is no bound (a schema can't say infinity)."""
     low, high = -INF if lower is None else lower, INF if upper is None else upper
-    if not low <= high:
-        raise InputError(f"{op}: lower {lower} must not exceed upper {upper}, and neither may be NaN")
+    if not low <= high or low == INF or high == -INF:
+        raise InputError(
+            f"{op}: lower {lower} must not exceed upper {upper}, neither may be NaN, and None stands for none"
+        )
     return low, high
 
 
@@ -326,7 +328,8 @@ def affine_relu_backward(
 ) -> tuple[Tensor, Tensor]:
     """(gz, s): see `attrfast.reference.affine_relu_backward`.
 
-    NaN in a lies within the bounds and NaN in g passes there, as through `torch.relu`'s backward; where a is
+    NaN in a lies within the bounds and NaN in g passes there, as through `torch.relu`'s backward
+    (`torch.nn.functional.hardtanh`'s gives 0 for NaN). Infinity passes where there is no bound. Where a is
     clamped, g is not looked at and gz is 0 * scale; guidance stops NaN, which is not greater than 0. s sums
     what the arithmetic gives: NaN where any a or g is NaN, or 0 meets infinity, also where nothing passes.
     """

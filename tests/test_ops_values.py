@@ -204,6 +204,8 @@ def test_special_values_and_their_gradients_are_pytorch_s(
     y, _ = ops.affine_relu(z, None, None, None, *bounds)
     (gz,) = torch.autograd.grad(y, z, g)
     torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
+    if bounds[1] is not None:  # NaN stops at PyTorch's hardtanh, and passes its ReLU
+        want_gz = torch.where(z.isnan(), g, want_gz)
     torch.testing.assert_close(gz, want_gz, rtol=0, atol=0, equal_nan=True)
 
 

@@ -169,6 +169,37 @@ def test_ctrl_c_says_how_to_go_on(network: str, tmp_path: Path, monkeypatch: pyt
     assert result.stdout == ""
 
 
+def test_a_signal_in_the_middle_leaves_a_network_and_resume_goes_on(
+    network: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    # A process in the background may have been told to ignore the signal; this one answers as in a terminal.
+    start = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from attrfast.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", start, "prune", network, *SHORT, "--train", "1", "--finetune", "1"]
+    command += ["--keep-ratio", "0.3", "--step", "2", "--loader-workers", "0", "--out", str(run)]
+    command += ["--no-progress"]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 240
+        while not list(run.rglob("pruning.json")) and time.monotonic() < until:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"--resume goes on in {run}" in err
+    del out
+    partly = json.loads(next(run.rglob("pruning.json")).read_text())
+    assert partly
+    done = subprocess.run([*command, "--resume", "--json"], check=True, text=True, capture_output=True)
+    told = json.loads(done.stdout)
+    assert told["reached"]
+    assert told["filters"]["after"] <= 0.3 * told["filters"]["before"]
+
+
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
 def test_pruning_starts_from_a_file_of_weights(network: str, tmp_path: Path, ending: str) -> None:
     splits = PruneSettings(network, "digits:8").opener()(0)

@@ -55,10 +55,12 @@ class PerChannel {
   const C* data_;
 };
 
-// A bound as the element type stores it: what a clamped element compares equal to.
+// A bound as the element type stores it: what a clamped element compares equal to. An infinite one is none, and
+// becomes NaN, to which nothing compares: an infinity that was not clamped lets its gradient pass.
 template <class T>
 static inline Compute<T> stored_bound(double bound) {
-  return Element<T>::load(Element<T>::store(static_cast<Compute<T>>(bound)));
+  const Compute<T> stored = Element<T>::load(Element<T>::store(static_cast<Compute<T>>(bound)));
+  return stored - stored == 0 ? stored : stored - stored;
 }
 
 // What a missing shift adds: adding 0 would lose the sign of -0.
