@@ -71,6 +71,7 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m pytest -q benchmarks/test_ops.py --benchmark-max-time=0.5 --benchmark-columns=median,iqr,rounds
 
 gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m gpu tests

@@ -14,14 +14,14 @@ import torch
 
 from attrfast.units import Units
 
-TOLERANCE = (
-    0.05  # of the lowest filters, that the rest of the samples may exchange for others; at least one
-)
+AVERAGE = 0.02  # of the lowest filters, that the rest of the samples may exchange for others on average,
+MOST = 0.1  # and at most, at the confidence that is asked for
+HIGHEST = 0.999  # confidence: it takes 64,000 draws
 
 FIRST = 1024  # samples before the first look
-_GROWTH = 1.4  # of the samples, from look to look
-_LOOKS = 20  # at most: up to 1024 * 1.4^19, 611,000 samples
-_DRAWS = 1000
+_GROWTH = 1.25  # of the samples, from look to look
+_LOOKS = 32  # at most: up to 1024 * 1.25^31, a million samples
+_DRAWS = 1000  # at least
 _AT_ONCE = 1 << 20  # numbers of the draws that are held in memory together
 _GROUPS = 64  # at most; at least half as many by the time of the first look
 _SMALLEST = 16  # samples in a group, at the start
@@ -77,15 +77,15 @@ class Looks:
     """A sequence of tests whether the lowest filters are settled.
 
     One look asks: if the samples that are still to come were added, how many of the lowest filters would be
-    others? The answer is drawn 1,000 times by the Gaussian multiplier bootstrap over groups of samples: every
-    group's deviation from the mean is multiplied by a standard normal number and added to the total, and all
-    that turns sums into a ranking is done anew. So what filters have in common is kept, and the threshold
+    others? The answer is drawn 1,000 times or more by the Gaussian multiplier bootstrap over groups of samples:
+    every group's deviation from the mean is multiplied by a standard normal number and added to the total, and
+    all that turns sums into a ranking is done anew. So what filters have in common is kept, and the threshold
     moves with them. Where it is known which part of all samples was read, the variance is that of the mean of
     this part against the mean of the whole (finite population correction).
 
-    A look finds the filters settled if at most 5% of them (or one, of fewer than 40) would be others with
-    probability 1 - (1 - confidence) / 20. There are at most 20 looks, so the probability that any of them is
-    wrong is at most 1 - confidence (Bonferroni).
+    A look finds the filters settled if at most 2% of them would be others on average, and more than 10% with a
+    probability of at most (1 - confidence) / 32. There are at most 32 looks, so the probability that more than
+    10% are others after any of them is at most 1 - confidence (Bonferroni). The average is not corrected.
 
     Source: V. Chernozhukov, D. Chetverikov, K. Kato, "Gaussian approximations and multiplier bootstrap for
     maxima of sums of high-dimensional random vectors", Annals of Statistics 41(6), 2013, section 3; W. G.
@@ -96,7 +96,7 @@ class Looks:
     Args:
         units: the model's units; those that are frozen are no candidates.
         importance: totals (B, U) and the number of their samples -> what is ranked (B, U).
-        confidence: in (0, 1).
+        confidence: in (0, 0.999].
         lowest: how many filters the question is about; None: a sixteenth of all.
         seed: of the draws.
 
@@ -122,6 +122,8 @@ class Looks:
         everything = int(self._size.sum())
         self.lowest = min(lowest or math.ceil(units.total_filters / 16), everything)
         self._risk, self._seed = 1 - confidence, seed
+        # Of so many, one and the one that is looked at make up (1 - confidence) / 32.
+        self._draws = max(_DRAWS, math.ceil(2 * _LOOKS / self._risk))
         self._next, self._left = float(FIRST), _LOOKS
         self.settled = False
         self.undecided: torch.Tensor | None = None
@@ -143,19 +145,21 @@ class Looks:
         now = self._of(self._importance(total[None], groups.samples))[0]
         noise = torch.Generator().manual_seed(self._seed * _LOOKS + self._left)
         changed = torch.zeros(len(now))
-        allowed = max(1, int(TOLERANCE * self.lowest))
-        wrong, draws = 0, max(1, _AT_ONCE // len(total))
-        for start in range(0, _DRAWS, draws):
-            count = min(draws, _DRAWS - start)
+        done = lost = beyond = 0
+        while done < self._draws:
+            count = min(max(1, _AT_ONCE // len(total)), self._draws - done)
             weights = torch.randn(count, len(deviations), generator=noise, dtype=torch.float64)
             others = total + math.sqrt(1 - part) * weights @ deviations
             drawn = self._of(self._importance(others, groups.samples))
-            lost = ((now & ~drawn) * self._size).sum(1)
-            wrong += int((lost > allowed).sum())
+            exchanged = ((now & ~drawn) * self._size).sum(1)
             changed += (drawn != now).sum(0)
+            done, lost = done + count, lost + int(exchanged.sum())
+            beyond += int((exchanged > MOST * self.lowest).sum())
+            self.settled = lost <= AVERAGE * self.lowest * done and beyond <= 1
+            if done >= _DRAWS and not self.settled:
+                break
         self.undecided = torch.zeros(len(self._free), dtype=torch.bool)
-        self.undecided[self._free] = changed > self._risk * _DRAWS
-        self.settled = (wrong + 1) / (_DRAWS + 1) <= self._risk / _LOOKS
+        self.undecided[self._free] = changed > self._risk * done
 
     def _of(self, importance: torch.Tensor) -> torch.Tensor:
         """(B, F) bool of the units that may go: the lowest, which take `lowest` filters along."""

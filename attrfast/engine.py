@@ -145,9 +145,10 @@ def attribute(
         units: the model's units, if they are known from an earlier call; with the pass that they were
             found in (`attrfast.channels.discover`), no other is recorded.
         stop: None reads everything. `"confident"` reads until the lowest filters are settled: until the rest
-            of the loader would, at the `confidence`, exchange at most 5% of them (or one). The batches must
-            come in random order. See `attrfast.confidence.Looks` for the test, and `Scores.undecided`.
-        confidence: of `stop="confident"`, in (0, 1).
+            of the loader would exchange at most 2% of them on average, and at the `confidence` at most 10%.
+            The batches must come in random order. See `attrfast.confidence.Looks` for the test, and
+            `Scores.undecided`.
+        confidence: of `stop="confident"`, above 0 and at most 0.999.
         lowest: of `stop="confident"`: how many filters will go; None: a sixteenth of all.
         distributed: where `torch.distributed` has a default group, score together with its other
             processes: each reads its own loader, a shard of the data (none, perhaps; `max_batches` counts

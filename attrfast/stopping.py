@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from attrfast.batches import Batch
-from attrfast.confidence import FIRST, Looks
+from attrfast.confidence import FIRST, HIGHEST, Looks
 from attrfast.criteria import Criterion, Reduction, has_own_pass
 from attrfast.errors import InputError
 from attrfast.passes import Pass
@@ -120,8 +120,10 @@ def check_stop(stop: str | None, confidence: float, lowest: int | None) -> None:
     """Raises InputError where one of these can't be used."""
     if stop not in (None, "confident"):
         raise InputError(f"stop must be 'confident' or None (read everything), got {stop!r}")
-    if not (isinstance(confidence, (int, float)) and 0 < confidence < 1):
-        raise InputError(f"confidence must be between 0 and 1, for instance 0.95, got {confidence!r}")
+    if not (isinstance(confidence, (int, float)) and 0 < confidence <= HIGHEST):
+        raise InputError(
+            f"confidence must be above 0 and at most {HIGHEST}, for instance 0.95, got {confidence!r}"
+        )
     if lowest is not None and (isinstance(lowest, bool) or not isinstance(lowest, int) or lowest < 1):
         raise InputError(
             f"lowest must be a whole number of filters of at least 1, or None for a sixteenth of all, got "

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks import confident as confident_benchmark
+from benchmarks import growth as growth_benchmark
+from benchmarks import growth_report, latency_report, machine, picture, report
 from benchmarks import kernels as kernel_benchmark
 from benchmarks import latency as latency_benchmark
-from benchmarks import latency_report, picture, report
 from benchmarks import passes as pass_benchmark
 from benchmarks import recorder as recorder_benchmark
-from benchmarks.networks import DEFAULT, NETWORKS
+from benchmarks import whole as whole_benchmark
+from benchmarks.networks import AMP_DTYPES, FIVE, NETWORKS, Case
 
 app = typer.Typer(help="Measure attrfast beside other ways to score filters.", add_completion=False)
 
@@ -25,12 +28,14 @@ Patience = Annotated[
 
 @app.callback(invoke_without_command=True)
 def everything(context: typer.Context) -> None:
-    """Without a command: everything, in about seven minutes on two quiet cores."""
+    """Without a command: all that `make bench` measures."""
     if context.invoked_subcommand is None:
         kernels()
-        passes()
-        for network in DEFAULT:
+        passes(resume=True)
+        for network in recorder_benchmark.NETWORKS_MEASURED:
             recorder(network)
+        growth()
+        whole()
 
 
 @app.command()
@@ -39,23 +44,39 @@ def passes(
         list[str] | None,
         typer.Option(help=f"One of {', '.join(NETWORKS)}; may be given again.", show_default=False),
     ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"One of {', '.join(AMP_DTYPES)}; may be given again. Without: fp32, and bf16 where the "
+            f"processor has it.",
+            show_default=False,
+        ),
+    ] = None,
     rounds: Rounds = 3,
     repeats: Annotated[int, typer.Option(min=0, help="Fresh processes for each peak of memory.")] = 3,
     patience: Patience = 60,
+    resume: Annotated[
+        bool, typer.Option(help="Leave out cases that were measured at this commit in as many rounds.")
+    ] = False,
 ) -> None:
     """Whole importance passes: time and peak memory of every contender."""
-    chosen = network or list(DEFAULT)
-    unknown = [name for name in chosen if name not in NETWORKS]
-    if unknown:
-        raise typer.BadParameter(f"unknown network {unknown[0]!r}; known: {', '.join(NETWORKS)}")
+    dtypes = dtype or (list(AMP_DTYPES) if machine.has_bf16() else ["fp32"])
+    if dtype is None and len(dtypes) == 1:
+        report.say("bf16 is left out: this processor has no instructions for it")
+    chosen = [Case(_known(n, NETWORKS), _known(d, AMP_DTYPES)) for n in network or FIVE for d in dtypes]
     results = report.read("passes.json")
-    for name in chosen:
-        results[name] = pass_benchmark.measure(
-            name, rounds=rounds, repeats=repeats, patience=patience, say=report.say
+    for case in chosen:
+        if resume and _measured(results.get(case.name), rounds, repeats):
+            report.say(f"{case.label}: measured before")
+            continue
+        results[case.name] = pass_benchmark.measure(
+            case, rounds=rounds, repeats=repeats, patience=patience, say=report.say
         )
-        report.show(report.pass_sheets(results[name]))
+        report.show([report.pass_sheet(results[case.name])])
+        results = {name: results[name] for name in sorted(results, key=_place)}
         report.write("passes.json", results)
-    _publish()
+        _publish()
+    report.show([report.overview_sheet(results)])
 
 
 @app.command()
@@ -74,15 +95,63 @@ def recorder(
     patience: Patience = 60,
 ) -> None:
     """A training loop with ScoreRecorder and without."""
-    if network not in NETWORKS:
-        raise typer.BadParameter(f"unknown network {network!r}; known: {', '.join(NETWORKS)}")
     results = report.read("recorder.json")
-    results[network] = recorder_benchmark.measure(
+    results[_known(network, NETWORKS)] = recorder_benchmark.measure(
         network, rounds=rounds, patience=patience, say=report.say
     )
     report.show([report.recorder_sheet(results[network])])
     report.write("recorder.json", results)
     _publish()
+
+
+@app.command()
+def growth(
+    repeats: Annotated[int, typer.Option(min=1, help="Fresh processes for each point.")] = 3,
+    samples: Annotated[
+        int, typer.Option(min=1000, help="The most samples of a pass.")
+    ] = growth_benchmark.SAMPLES[-1],
+    layers: Annotated[
+        int, typer.Option(min=10, help="The most layers of a network.")
+    ] = growth_benchmark.DEPTHS[-1],
+    patience: Patience = 60,
+) -> None:
+    """How time and memory grow with samples, layers scored, and depth."""
+    series = growth_benchmark.all_series(
+        [value for value in growth_benchmark.SAMPLES if value <= samples],
+        [value for value in growth_benchmark.DEPTHS if value <= layers],
+    )
+    result = growth_benchmark.measure(series, repeats=repeats, patience=patience, say=report.say)
+    sheets = growth_report.sheets(result)
+    report.show(sheets)
+    report.write("growth.json", result)
+    report.write_markdown(
+        sheets,
+        "growth.md",
+        growth_report.INTRODUCTION,
+        "growth.png",
+        "time and memory against samples, layers scored and depth",
+    )
+    growth_report.draw(result, report.RESULTS / "growth.png")
+
+
+@app.command()
+def whole(
+    network: Annotated[list[str], typer.Option(help="Networks that are trained.")] = [  # noqa: B006
+        *whole_benchmark.NETWORKS
+    ],
+    epochs: Annotated[int, typer.Option(min=0, help="Of training.")] = 2,
+    rounds: Rounds = 3,
+    patience: Patience = 60,
+) -> None:
+    """Fashion-MNIST scored by `stop="confident"`, and by hooks over all of it."""
+    results = report.read("whole.json")
+    for name in network:
+        results[name] = whole_benchmark.measure(
+            name, epochs=epochs, rounds=rounds, patience=patience, say=report.say
+        )
+        report.write("whole.json", results)
+        _publish()
+    report.show([report.whole_sheet(results)])
 
 
 class Part(StrEnum):
@@ -140,27 +209,69 @@ def confident(
     criterion: Annotated[str, typer.Option(help="What filters are scored by.")] = "attribution",
     epochs: Annotated[int, typer.Option(min=0, help="Of training.")] = 2,
     orders: Annotated[int, typer.Option(min=1, help="Random orders of the training set.")] = 10,
+    seeds: Annotated[int, typer.Option(min=0, help="Of each small network, that are pruned.")] = 3,
 ) -> None:
-    """How many samples of Fashion-MNIST are read until the lowest filters are settled."""
+    """How many samples of Fashion-MNIST are read until the lowest filters are settled, and the accuracy."""
     results = report.read("confident.json")
-    for name in network:
-        report.say(f"confident: {name}")
-        results[name] = confident_benchmark.measure(name, criterion, epochs=epochs, orders=orders)
+
+    def keep(part: str, name: str, found: dict[str, Any]) -> None:
+        results.setdefault(part, {})[name] = found
         report.write("confident.json", results)
         _publish()
-    report.show([report.confident_sheet(results)])
+
+    for name in network:
+        report.say(f"confident: {name}")
+        keep("samples", name, confident_benchmark.measure(name, criterion, epochs=epochs, orders=orders))
+    for name in [name for name in network if name in confident_benchmark.SMALL]:
+        for seed in range(seeds):
+            report.say(f"confident: {name}, pruned, seed {seed}")
+            keep(
+                "accuracy",
+                f"{name}, seed {seed}",
+                confident_benchmark.accuracy(name, seed, epochs=epochs),
+            )
+    report.show(report.confident_sheets(results))
+
+
+def _known(name: str, names: Collection[str]) -> str:
+    if name not in names:
+        raise typer.BadParameter(f"unknown: {name!r}; known: {', '.join(names)}")
+    return name
+
+
+def _measured(result: dict[str, Any] | None, rounds: int, repeats: int) -> bool:
+    """Whether a result is there already, from just this code and as thorough."""
+    commit = machine.facts()["commit"]
+    return (
+        result is not None
+        and result["machine"]["commit"] == commit
+        and not str(commit).endswith("-dirty")
+        and result["rounds"] >= rounds
+        and result["repeats"] >= repeats
+    )
+
+
+def _place(case: str) -> tuple[int, int]:
+    """Where a case stands in tables."""
+    network, dtype = case.split(" ")
+    order = [*FIVE, *(name for name in NETWORKS if name not in FIVE)]
+    return order.index(network), list(AMP_DTYPES).index(dtype)
 
 
 def _publish() -> None:
     """Draws the picture and writes the tables of all results that are there."""
     passes, kernels = report.read("passes.json"), report.read("kernels.json")
     recorded, settled = report.read("recorder.json"), report.read("confident.json")
-    sheets = [sheet for result in passes.values() for sheet in report.pass_sheets(result)]
+    scored = report.read("whole.json")
+    sheets = []
+    if passes:
+        sheets += [report.overview_sheet(passes), *map(report.pass_sheet, passes.values())]
+    if scored:
+        sheets.append(report.whole_sheet(scored))
     if kernels:
         sheets += report.kernel_sheets(kernels)
     sheets += [report.recorder_sheet(result) for result in recorded.values()]
-    if settled:
-        sheets.append(report.confident_sheet(settled))
+    sheets += report.confident_sheets(settled)
     report.write_markdown(sheets)
     if passes:
         picture.draw(passes, report.RESULTS / "passes.png")

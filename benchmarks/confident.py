@@ -1,4 +1,4 @@
-"""How many samples `stop="confident"` reads of Fashion-MNIST, and which filters it would have chosen by all.
+"""How many samples `stop="confident"` reads of Fashion-MNIST, and what comes of it: filters and accuracy.
 
 Every network is trained for a few epochs; the score matrix of the whole training set is measured once, and then
 read in several random orders, as a shuffled loader would give it.
@@ -7,12 +7,14 @@ read in several random orders, as a shuffled loader would give it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+import attrfast
 from attrfast import data
 from attrfast.batches import unpack
 from attrfast.channels import discover
@@ -27,7 +29,10 @@ from benchmarks import machine
 from benchmarks.training import train
 
 NETWORKS = ("vgg_small", "resnet20", "resnet18")
+SMALL = NETWORKS[:2]  # those that are pruned
+MACS = 0.4  # of the multiply-adds are left then
 FEWER, SAME = 5.0, 0.98  # times fewer samples, and the share of the chosen filters that is the same
+SHARES = (32, 16, 8, 4)  # the lowest so-manieth of the filters is asked about
 _BATCH = 64
 
 
@@ -48,31 +53,85 @@ def measure(name: str, criterion: str, *, epochs: int, orders: int) -> dict[str,
     matrix, units = _score_matrix(model, splits.train, criterion)
     importance = functools.partial(_importance, criterion, units)
     whole = importance(matrix.sum(0, dtype=torch.float64)[None], len(matrix))[0]
-    rows = []
-    for seed in range(orders):
-        order = torch.randperm(len(matrix), generator=torch.Generator().manual_seed(seed))
-        looks = Looks(units, importance, confidence=0.95, lowest=None, seed=seed)
-        groups = Groups(len(units), matrix.device)
-        total = torch.zeros(len(units), dtype=torch.float64)
-        for part in order.split(_BATCH):
-            groups.add(matrix[part])
-            total += matrix[part].sum(0, dtype=torch.float64)
-            looks.look(total, groups, groups.samples / len(matrix))
-            if looks.settled:
-                break
-        read = importance(total[None], groups.samples)[0]
-        chosen, right = (set(t.argsort()[: looks.lowest].tolist()) for t in (read, whole))
-        undecided = 0 if looks.undecided is None else int(looks.undecided.sum())
-        rows.append({"samples": groups.samples, "same": len(chosen & right), "undecided": undecided})
+    asked = []
+    for share in SHARES:
+        filters = math.ceil(units.total_filters / share)
+        right = _lowest(whole, units, filters)
+        rows = []
+        for seed in range(orders):
+            looks = Looks(units, importance, confidence=0.95, lowest=filters, seed=seed)
+            total, samples = _read(matrix, looks, seed)
+            chosen = _lowest(importance(total[None], samples)[0], units, filters)
+            same = int(units.size[chosen & right].sum()) / int(units.size[chosen].sum())
+            undecided = 0 if looks.undecided is None else int(looks.undecided.sum())
+            rows.append({"samples": samples, "same": same, "undecided": undecided})
+        asked.append({"lowest": filters, "orders": rows})
     return {
         "samples": len(matrix),
-        "units": len(units),
-        "lowest": looks.lowest,
+        "filters": units.total_filters,
         "criterion": criterion,
         "epochs": epochs,
-        "orders": rows,
+        "asked": asked,
         "machine": machine.facts(),
     }
+
+
+def accuracy(name: str, seed: int, *, epochs: int) -> dict[str, Any]:
+    """One trained network, pruned with all samples read in every step and with `stop="confident"`.
+
+    Args:
+        name: a network of `attrfast.models`.
+        seed: of the training, the order of the data and the fine-tuning.
+        epochs: of training before.
+    """
+    torch.manual_seed(seed)
+    splits = data.fashion_mnist(val_size=100, batch_size=_BATCH, seed=seed)
+    model = network(name, splits)()
+    train(model, splits.train, epochs)
+    rows = {}
+    for way, stop in (("everything", None), ("confident", "confident")):
+        torch.manual_seed(seed)
+        result = attrfast.prune(
+            model,
+            splits.train,
+            val_loader=splits.test,
+            max_macs=MACS,
+            finetune=0,
+            final_finetune=attrfast.FineTune(epochs=1, lr=0.01),
+            stop=stop,
+            seed=seed,
+            progress=False,
+        )
+        last = result.history[-1]
+        rows[way] = {
+            "top1": last.top1,
+            "before": result.history[0].top1,
+            "macs_pruned_percent": last.macs_pruned_percent,
+            "samples": sum(step.samples_scored for step in result.history),
+            "seconds_scoring": sum(step.seconds_scoring for step in result.history),
+        }
+    return {"ways": rows, "epochs": epochs, "machine": machine.facts()}
+
+
+def _read(matrix: torch.Tensor, looks: Looks, seed: int) -> tuple[torch.Tensor, int]:
+    """The sum over the samples read in a random order until the filters are settled, and their number."""
+    order = torch.randperm(len(matrix), generator=torch.Generator().manual_seed(seed))
+    groups = Groups(matrix.shape[1], matrix.device)
+    total = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    for part in order.split(_BATCH):
+        groups.add(matrix[part])
+        total += matrix[part].sum(0, dtype=torch.float64)
+        looks.look(total, groups, groups.samples / len(matrix))
+        if looks.settled:
+            break
+    return total, groups.samples
+
+
+def _lowest(importance: torch.Tensor, units: Units, filters: int) -> torch.Tensor:
+    """(U,) bool: the lowest units that make up so many filters."""
+    order = importance.argsort(stable=True)
+    before = units.size[order].cumsum(0) - units.size[order]
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(0, order, before < filters)
 
 
 class _RepeatsChannels(nn.Module):

@@ -7,7 +7,9 @@ set up, they set up within the call. Those that score return one importance a fi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 from benchmarks import floor
 from benchmarks.networks import Batches
 
+Stream = Iterable[tuple[torch.Tensor, torch.Tensor]]  # batches that need not all be there at once
 Scores = dict[str, torch.Tensor]
 
 
@@ -33,10 +36,13 @@ def bare(model: nn.Module, batches: Batches) -> None:
         nn.functional.cross_entropy(model(images), labels).backward()
 
 
-def hooks(model: nn.Module, batches: Batches) -> Scores:
+def hooks(model: nn.Module, batches: Stream, layers: int | None = None) -> Scores:
     """The common script: a forward hook keeps what each convolution makes, a tensor hook multiplies.
 
     Importance: mean over samples of abs(sum over positions of activation x gradient).
+
+    Args:
+        layers: so many convolutions, the first ones; None: all.
     """
     scores: Scores = {}
     kept: dict[str, torch.Tensor] = {}
@@ -51,7 +57,7 @@ def hooks(model: nn.Module, batches: Batches) -> Scores:
 
     handles = [
         module.register_forward_hook(functools.partial(keep, name))
-        for name, module in _convolutions(model).items()
+        for name, module in _convolutions(model, layers).items()
     ]
     try:
         for images, labels in batches:
@@ -64,16 +70,20 @@ def hooks(model: nn.Module, batches: Batches) -> Scores:
     return scores
 
 
-def captum(model: nn.Module, batches: Batches) -> Scores:
-    """Captum's LayerGradientXActivation over all convolutions in one call a batch, then reduced."""
+def captum(model: nn.Module, batches: Stream, layers: int | None = None) -> Scores:
+    """Captum's LayerGradientXActivation over all convolutions in one call a batch, then reduced.
+
+    Args:
+        layers: so many convolutions, the first ones; None: all.
+    """
     from captum.attr import LayerGradientXActivation
 
-    layers = _convolutions(model)
-    method = LayerGradientXActivation(model, list(layers.values()))
+    watched = _convolutions(model, layers)
+    method = LayerGradientXActivation(model, list(watched.values()))
     scores: Scores = {}
     for images, labels in batches:
         maps = method.attribute(images, target=labels)
-        for name, flow in zip(layers, maps, strict=True):
+        for name, flow in zip(watched, maps, strict=True):
             score = flow.detach().sum((2, 3)).abs().mean(0)
             scores[name] = scores[name] + score if name in scores else score
     return scores
@@ -117,25 +127,31 @@ def signed_batch(model: nn.Module, batches: Batches) -> Scores:
     return {name: flow.abs() for name, flow in scores.items()}
 
 
-def attrfast(model: nn.Module, batches: Batches, *, amp_dtype: torch.dtype | None = None) -> Scores:
-    """attrfast as a user calls it: recording the model and planning are part of the call."""
+def attrfast(model: nn.Module, batches: Stream, **options: Any) -> Scores:
+    """attrfast as a user calls it: recording the model and planning are part of the call.
+
+    Args:
+        options: of `attrfast.attribute`.
+    """
     from attrfast import attribute
 
-    scores = attribute(model, batches, "attribution", amp_dtype=amp_dtype, progress=False)
+    scores = attribute(model, batches, "attribution", progress=False, **options)
     return {name: scores[name] for name in scores}
 
 
-def call_tier(model: nn.Module, batches: Batches, *, amp_dtype: torch.dtype | None = None) -> Scores:
+def call_tier(model: nn.Module, batches: Batches, **options: Any) -> Scores:
     """attrfast without its fused stages: what runs where a model can't be planned."""
     from attrfast import passes, tiers
 
     plain = functools.partial(tiers.Runner, fused=False)
     with mock.patch.object(passes, "Runner", plain):
-        return attrfast(model, batches, amp_dtype=amp_dtype)
+        return attrfast(model, batches, **options)
 
 
-def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+def _convolutions(model: nn.Module, count: int | None = None) -> dict[str, nn.Conv2d]:
+    """The first `count` of them, or all."""
+    found = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    return dict(itertools.islice(found, count))
 
 
 # In the order in which they run within a round, and stand in tables.

@@ -1,7 +1,8 @@
 """The floor: what a network's convolutions cost alone, which no importance pass can do without.
 
-Every convolution call of one recorded forward pass runs again on tensors that exist already: forward,
-and the gradient for its input. No weight gradient, and none for the network's own input.
+Every convolution call of one recorded forward pass runs again on tensors that exist already, in the dtype
+that it ran in: forward, and the gradient for its input. No weight gradient, and none for the network's own
+input, nor for what autocast makes of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class _Convolution:
     bias: torch.Tensor | None
     rest: tuple[Any, ...]  # stride, padding, dilation, transposed, output_padding, groups
     g: torch.Tensor
-    first: bool
+    backward_needed: bool
 
     def forward(self) -> None:
         torch.convolution(self.x, self.weight, self.bias, *self.rest)
@@ -40,9 +41,8 @@ class _Convolution:
 class _Recorder(TorchDispatchMode):
     """Notes every convolution that runs."""
 
-    def __init__(self, images: torch.Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.images = images
         self.calls: list[_Convolution] = []
 
     def __torch_dispatch__(
@@ -51,19 +51,18 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default:
             x, weight, bias, *rest = args
-            first = x.data_ptr() == self.images.data_ptr()
+            g = torch.randn_like(out)
             self.calls.append(
-                _Convolution(x, weight.detach(), bias, tuple(rest), torch.randn_like(out), first)
+                _Convolution(x.detach(), weight.detach(), bias, tuple(rest), g, x.requires_grad)
             )
         return out
 
 
 def prepare(model: nn.Module, batches: Batches) -> Callable[[], None]:
     """Records the convolutions; what comes back runs all of them, once for each batch."""
-    images = batches[0][0]
-    recorder = _Recorder(images)
-    with torch.no_grad(), recorder:
-        model(images)
+    recorder = _Recorder()
+    with recorder:
+        model(batches[0][0])
 
     @torch.no_grad()
     def run() -> None:
@@ -71,7 +70,7 @@ def prepare(model: nn.Module, batches: Batches) -> Callable[[], None]:
             for call in recorder.calls:
                 call.forward()
             for call in reversed(recorder.calls):
-                if not call.first:
+                if call.backward_needed:
                     call.backward()
 
     return run

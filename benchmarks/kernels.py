@@ -104,6 +104,13 @@ def cases(
         {"batch_norm, add_, relu_": lambda: norm().add_(residual).relu_()},
         (reference.affine_relu, (z, scale, shift, residual, 0.0, INF)),
     )
+    affine_new = Case(
+        "BN and ReLU, into new memory",
+        2 * whole,
+        lambda: backend.affine_relu(z, scale, shift, None, 0.0, INF),
+        {"batch_norm, relu_": lambda: norm().relu_()},
+        affine.definition,
+    )
     backward = Case(
         RELU_BACKWARD,
         3 * whole,
@@ -136,6 +143,20 @@ def cases(
         },
         (reference.affine_add_relu_backward, (a, g, None, scale, 0.0, INF, False, 1)),
     )
+    branches_new = Case(
+        "the same branches into new memory",
+        5 * whole,
+        lambda: backend.affine_add_relu_backward(a, g, None, scale, 0.0, INF, False, 1),
+        branches.peers,
+        branches.definition,
+    )
+    count = Case(
+        "positions that are not zero",
+        whole,
+        lambda: backend.count_nonzero(a),
+        {"(a != 0).sum": lambda: (a != 0).sum((2, 3)), "count_nonzero": lambda: a.count_nonzero((2, 3))},
+        (reference.count_nonzero, (a,)),
+    )
     alone = Case(
         "attribution alone",
         2 * whole,
@@ -146,10 +167,63 @@ def cases(
         },
         (reference.attribution, (z, g, False)),
     )
-    found = [affine, addition, backward, backward_new, branches, alone]
+    found = [affine, affine_new, addition, backward, backward_new, branches, branches_new, alone, count]
+    if layout == "contiguous":  # it has none
+        found.append(_normalize(backend, channels, device, dtype))
+    if layout == "channels_last" and dtype == torch.float32 and backend.has_winograd:
+        found.append(_winograd(backend, z, scale, shift))
     for title, k, s, pad in (("2×2", 2, 2, 0), ("3×3 step 2", 3, 2, 1)):
         found += _pools(backend, title, [k, k], [s, s], [pad, pad], z, a, new, norm, scale, shift)
     return found
+
+
+def _normalize(backend: Any, channels: int, device: str, dtype: torch.dtype) -> Case:
+    """Scores of a hundred layers, each divided by its norm."""
+    from attrfast import reference
+
+    theta = torch.rand(100 * channels, device=device, dtype=dtype)
+    offsets = channels * torch.arange(101, device=device)
+    layers = torch.arange(100, device=device).repeat_interleave(channels)
+
+    def eager() -> torch.Tensor:
+        squares = theta.new_zeros(100).index_add_(0, layers, theta.square())
+        return theta / squares.sqrt_()[layers]
+
+    return Case(
+        "scores divided by their layers' norms",
+        2 * theta.nbytes,
+        lambda: backend.segment_normalize(theta, offsets, "l2"),
+        {
+            "index_add_, divided": eager,
+            "norm, layer by layer": lambda: torch.cat(
+                [one / one.norm() for one in theta.split(channels)]
+            ),
+        },
+        (reference.segment_normalize, (theta, offsets, "l2")),
+    )
+
+
+def _winograd(backend: Any, z: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> Case:
+    """A 3x3 convolution with the batch norm and the ReLU after it."""
+    channels = z.shape[1]
+    weight = torch.randn(channels, channels, 3, 3, device=z.device) / (9 * channels) ** 0.5
+    out = torch.empty_like(z)
+    scratch = torch.empty(backend.winograd_floats(z, channels, [1, 1]), device=z.device)
+
+    def eager(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        made = nn.functional.conv2d(x, w, padding=1)
+        return made.mul_(scale[:, None, None]).add_(shift[:, None, None]).relu_()
+
+    return Case(
+        "3×3 convolution, BN and ReLU",
+        2 * z.nbytes + weight.nbytes,
+        lambda: backend.winograd(z, weight, [1, 1], False, scale, shift, None, 0.0, INF, out, scratch),
+        {
+            "conv2d, batch_norm, relu_": lambda: eager(z, weight),
+            "conv2d alone": lambda: nn.functional.conv2d(z, weight, padding=1),
+        },
+        (eager, (z, weight)),
+    )
 
 
 def _pools(

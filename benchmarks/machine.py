@@ -29,6 +29,12 @@ def facts() -> dict[str, str | int]:
     }
 
 
+def has_bf16() -> bool:
+    """Whether the processor itself multiplies bfloat16 numbers, as far as torch (2.9 and newer) knows."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(there for name, there in known.items() if name.endswith("bf16"))
+
+
 def one_line(about: dict[str, str | int]) -> str:
     """The facts that a reader of a table needs."""
     return (

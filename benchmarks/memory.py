@@ -3,7 +3,7 @@
 The allocator's peaks depend on where its first small pieces happened to lie. So every repeat starts a new
 process, which imports all libraries, runs nothing, and is forked for each contender: all contenders of a
 repeat start from the same state, and repeats from different ones. Libraries set themselves up on a tiny
-convolution before the measurement begins.
+convolution, and the contender scores a tiny network, before the measurement begins.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import ctypes
 import gc
 import importlib
 import resource
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,51 +22,62 @@ from torch import nn
 from benchmarks import fresh
 from benchmarks.contenders import prepare
 from benchmarks.machine import THREADS
-from benchmarks.networks import load
+from benchmarks.networks import FORMATS, Case, load
+
+T = TypeVar("T")
 
 _LIBRARIES = ("torchvision", "captum.attr", "torch_pruning", "attrfast")
 BATCHES = 2  # the peak is reached by then: later batches repeat the second
 
 
-def peaks(formats: dict[str, str], network: str, repeats: int) -> dict[str, list[int]]:
+def peaks(formats: dict[str, str], case: Case, repeats: int) -> dict[str, list[int]]:
     """Bytes by which resident memory grew in the pass of every contender, repeat by repeat.
 
     Args:
         formats: the memory format of each contender to measure.
     """
-    rounds = [fresh.call(_round, formats, network) for _ in range(repeats)]
+    rounds = [fresh.call(_round, formats, case) for _ in range(repeats)]
     return {name: [found[name] for found in rounds] for name in formats}
 
 
-def _round(formats: dict[str, str], network: str) -> dict[str, int]:
+def _round(formats: dict[str, str], case: Case) -> dict[str, int]:
     """Forks this process, which has only imported what it needs, once for each contender."""
-    for library in _LIBRARIES:
-        importlib.import_module(library)
-    return {
-        name: fresh.call(_growth, name, network, layout, fork=True) for name, layout in formats.items()
-    }
+    import_libraries()
+    return {name: fresh.call(_peak, name, case, layout, fork=True) for name, layout in formats.items()}
 
 
-def _growth(name: str, network: str, layout: str, batches: int = BATCHES) -> int:
+def _peak(name: str, case: Case, layout: str) -> int:
     torch.set_num_threads(THREADS)
-    _wake_libraries()
-    model, data = load(network, layout, batches)
-    run = prepare(name, model, data)
+    wake_libraries(case.amp_dtype)
+    # Code becomes resident page by page when it first runs: tens of MB, which no pass needs to itself.
+    prepare(name, *load("vgg_small", layout, 1), case.amp_dtype)()
+    return grown(prepare(name, *load(case.network, layout, BATCHES), case.amp_dtype))[1]
+
+
+def grown(run: Callable[[], T]) -> tuple[T, int]:
+    """What `run()` gives, and how many bytes resident memory grew by at most while it ran."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else memory freed by loading would be used again, uncounted
     exact = _reset_peak()
     before = _status("VmRSS") if exact else _highest()
-    run()
-    return (_status("VmHWM") if exact else _highest()) - before
+    result = run()
+    return result, (_status("VmHWM") if exact else _highest()) - before
 
 
-def _wake_libraries() -> None:
-    image = torch.randn(1, 8, 8, 8)
+def import_libraries() -> None:
+    """Everything that a contender imports, so that forks find it there."""
+    for library in _LIBRARIES:
+        importlib.import_module(library)
+
+
+def wake_libraries(amp_dtype: torch.dtype | None = None) -> None:
+    """Lets libraries set themselves up on a tiny convolution, in both memory formats."""
     kernel = torch.randn(8, 8, 3, 3, requires_grad=True)
-    nn.functional.conv2d(image, kernel).relu().sum().backward()
-    nn.functional.conv2d(
-        image.to(memory_format=torch.channels_last), kernel.to(memory_format=torch.channels_last)
-    ).sum().backward()
+    for layout in FORMATS.values():
+        image = torch.randn(1, 8, 8, 8).to(memory_format=layout)
+        with torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None):
+            out = nn.functional.conv2d(image, kernel.to(memory_format=layout))
+        out.relu().sum().backward()
 
 
 def _reset_peak() -> bool:

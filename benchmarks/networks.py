@@ -58,7 +58,28 @@ NETWORKS = {
     "densenet121": Network("DenseNet-121", _torchvision("densenet121"), (8, 3, 224, 224)),
     "vgg_small": Network("VGG-small", _small, (4, 1, 28, 28)),
 }
-DEFAULT = ("vgg16_bn", "resnet18")
+FIVE = ("vgg16_bn", "resnet18", "resnet50", "mobilenet_v2", "densenet121")
+AMP_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # what forward passes run in under autocast
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network of `NETWORKS` in a dtype of `AMP_DTYPES`."""
+
+    network: str
+    dtype: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        return f"{self.network} {self.dtype}"
+
+    @property
+    def label(self) -> str:
+        return f"{NETWORKS[self.network].label}, {self.dtype}"
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        return AMP_DTYPES[self.dtype]
 
 
 def load(

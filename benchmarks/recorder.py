@@ -15,6 +15,7 @@ from benchmarks import machine, timing
 from benchmarks.networks import FORMATS, NETWORKS, Batches, load
 from benchmarks.quiet import Clock
 
+NETWORKS_MEASURED = ("vgg16_bn", "resnet18")
 LIMIT = 1.05  # of the loop's own time
 BATCHES = 4  # a run
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import confident, kernels, machine, passes, recorder
+from benchmarks import confident, kernels, machine, passes, recorder, whole
 from benchmarks.quiet import LIMIT
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,12 +38,33 @@ def write(name: str, content: dict[str, Any]) -> None:
     (RESULTS / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def pass_sheets(result: dict[str, Any]) -> list[Sheet]:
-    """Time, memory and targets of one network."""
+def overview_sheet(results: dict[str, Any]) -> Sheet:
+    """Whether attrfast's pass holds its targets, case by case."""
+    goals = {f"{t.quantity} / {t.against}, at most {t.limit:.2f}": t for t in passes.TARGETS}
+    sheet = Sheet(
+        "Passes: targets of attrfast",
+        ["", "time", "peak memory", *goals],
+        ["Each figure is attrfast's, divided by that of another; a target that is missed says so."],
+    )
+    for result in results.values():
+        ours = result["contenders"]["attrfast"]
+        found = {(t["quantity"], t["against"]): t for t in result["targets"]}
+        cells = []
+        for goal in goals.values():
+            target = found.get((goal.quantity, goal.against))
+            verdict = "" if target is None or target["verdict"] == "held" else f" {target['verdict']}"
+            cells.append(f"{_number(target['ratio'])}{verdict}".strip() if target else "")
+        size = "" if ours["bytes"] is None else f"{ours['bytes'] / 1e6:.0f} MB"
+        sheet.rows.append([result["label"], f"{ours['seconds']:.2f} s", size, *cells])
+    return sheet
+
+
+def pass_sheet(result: dict[str, Any]) -> Sheet:
+    """Time and memory of every contender in one case."""
     rows = result["contenders"]
     sheet = Sheet(
         f"{result['label']}: one pass of 4 batches",
-        ["", "format", "time", "× floor", "× bare", "× captum", "peak memory", "× hooks", "× bare"],
+        ["", "format", "time", "× floor", "× bare", "× captum", "peak", "× hooks", "× inference"],
         [
             f"{result['rounds']} interleaved rounds, {result['repeats']} repeats of each peak. "
             + _disturbed(result["disturbed"]),
@@ -62,10 +83,10 @@ def pass_sheets(result: dict[str, Any]) -> list[Sheet]:
                     for base in ("floor", "bare", "captum")
                 ),
                 "" if size is None else f"{size / 1e6:.0f} MB",
-                *(_number(passes.memory_ratio(rows, name, base)) for base in ("hooks", "bare")),
+                *(_number(passes.memory_ratio(rows, name, base)) for base in ("hooks", "inference")),
             ]
         )
-    return [sheet, _target_sheet(f"{result['label']}: targets of attrfast", result["targets"])]
+    return sheet
 
 
 def kernel_sheets(result: dict[str, Any]) -> list[Sheet]:
@@ -109,37 +130,95 @@ def recorder_sheet(result: dict[str, Any]) -> Sheet:
     return sheet
 
 
-def confident_sheet(results: dict[str, Any]) -> Sheet:
-    """What `stop="confident"` reads, network by network."""
+def confident_sheets(results: dict[str, Any]) -> list[Sheet]:
+    """What `stop="confident"` reads, and the accuracy after pruning with it; each where it was measured."""
+    sheets = []
+    if read := results.get("samples"):
+        sheets.append(_samples_sheet(read))
+    if pruned := results.get("accuracy"):
+        sheets.append(_accuracy_sheet(pruned))
+    return sheets
+
+
+def _samples_sheet(results: dict[str, Any]) -> Sheet:
     first = next(iter(results.values()))
+    orders = len(first["asked"][0]["orders"])
     sheet = Sheet(
         'Samples that `stop="confident"` reads of Fashion-MNIST',
-        ["", "filters", "asked about", "of samples", "read", "times fewer", "same filters", ""],
+        ["", "lowest filters", "of", "samples read", "of", "times fewer", "same filters", ""],
         [
-            f"{first['criterion']}, confidence 0.95, {len(first['orders'])} random orders of the training set "
-            f"after {first['epochs']} epochs of training: mean (range). “Same”: of the lowest filters, those "
-            f"that all samples choose as well; at least {confident.SAME:.0%} and {confident.FEWER:g} times "
-            f"fewer asked.",
+            f"{first['criterion']}, confidence 0.95, {orders} random orders of the training set after "
+            f"{first['epochs']} epochs of training: mean (range). “Same”: of the chosen, those that all "
+            f"samples choose as well; at least {confident.SAME:.0%} and {confident.FEWER:g} times fewer asked.",
             machine.one_line(first["machine"]),
         ],
     )
     for name, found in results.items():
-        read = [row["samples"] for row in found["orders"]]
-        same = [row["same"] / found["lowest"] for row in found["orders"]]
-        fewer = found["samples"] * len(read) / sum(read)
-        good = sum(same) / len(same) >= confident.SAME
+        for asked in found["asked"]:
+            read = [row["samples"] for row in asked["orders"]]
+            same = [row["same"] for row in asked["orders"]]
+            fewer = found["samples"] * len(read) / sum(read)
+            good = sum(same) / len(same) >= confident.SAME
+            sheet.rows.append(
+                [
+                    name,
+                    f"{asked['lowest']}",
+                    f"{found['filters']:,}",
+                    f"{sum(read) / len(read):,.0f} ({min(read):,} to {max(read):,})",
+                    f"{found['samples']:,}",
+                    f"{fewer:.1f}",
+                    f"{sum(same) / len(same):.1%} ({min(same):.1%} to {max(same):.1%})",
+                    "held" if good and fewer >= confident.FEWER else "missed",
+                ]
+            )
+    return sheet
+
+
+def _accuracy_sheet(results: dict[str, Any]) -> Sheet:
+    first = next(iter(results.values()))
+    sheet = Sheet(
+        'Pruning Fashion-MNIST networks with `stop="confident"` and with all samples',
+        ["", "before", "all samples", "confident", "difference", "samples scored", "time of scoring"],
+        [
+            f"Test top-1 after {first['epochs']} epochs of training, pruning in steps to "
+            f"{confident.MACS:.0%} of the multiply-adds and one epoch of fine-tuning; the same seeds for both. "
+            f"The last two columns: confident as a share of all.",
+            machine.one_line(first["machine"]),
+        ],
+    )
+    for name, found in results.items():
+        whole, early = (found["ways"][way] for way in ("everything", "confident"))
         sheet.rows.append(
             [
                 name,
-                f"{found['units']:,}",
-                f"{found['lowest']}",
-                f"{found['samples']:,}",
-                f"{sum(read) / len(read):,.0f} ({min(read):,} to {max(read):,})",
-                f"{fewer:.1f}",
-                f"{sum(same) / len(same):.1%} ({min(same):.1%} to {max(same):.1%})",
-                "held" if good and fewer >= confident.FEWER else "missed",
+                f"{whole['before']:.2%}",
+                f"{whole['top1']:.2%}",
+                f"{early['top1']:.2%}",
+                f"{100 * (early['top1'] - whole['top1']):+.2f} points",
+                f"{early['samples'] / whole['samples']:.2f}",
+                f"{early['seconds_scoring'] / whole['seconds_scoring']:.2f}",
             ]
         )
+    return sheet
+
+
+def whole_sheet(results: dict[str, Any]) -> Sheet:
+    """A whole data set scored in three ways, network by network."""
+    first = next(iter(results.values()))
+    sheet = Sheet(
+        f"A whole data set: Fashion-MNIST's {first['samples']:,} training images",
+        ["", "epochs before", *first["seconds"], "read", "times faster", "at least", ""],
+        [
+            f"Medians of {first['rounds']} interleaved rounds, each in a new order. “Read”: samples that "
+            f'`stop="confident"` reads; “times faster”: than hooks over all samples.',
+            machine.one_line(first["machine"]),
+        ],
+    )
+    for name, row in results.items():
+        seconds = (f"{taken:.1f} s" for taken in row["seconds"].values())
+        read = f"{min(row['read']):,} to {max(row['read']):,}"
+        found = [read, f"{row['faster']:.1f}", f"{whole.FASTER:g}", row["verdict"]]
+        sheet.rows.append([name, str(row["epochs"]), *seconds, *found])
     return sheet
 
 
@@ -182,7 +261,7 @@ def say(what: str) -> None:
     Console(stderr=True).print(what, style="dim")
 
 
-PASSES_AND_KERNELS = """\
+LATEST = """\
 # Latest figures
 
 Written by `make bench` (`python -m benchmarks`); [what is measured, and how](../README.md). Every ratio is \
@@ -194,9 +273,9 @@ the medians beside it.
 def write_markdown(
     sheets: list[Sheet],
     name: str = "README.md",
-    introduction: str = PASSES_AND_KERNELS,
+    introduction: str = LATEST,
     picture: str = "passes.png",
-    caption: str = "time and memory of a pass",
+    caption: str = "time and memory of a pass, beside the convolutions' time and a hook-based script's memory",
 ) -> None:
     """Writes all tables to a file of `results/`."""
     parts = [introduction, f"![{caption}]({picture})\n"]

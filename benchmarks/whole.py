@@ -1,0 +1,82 @@
+"""A whole data set scored: `attribute(stop="confident")` beside a hook-based script that reads all of it.
+
+The networks are trained for a moment first, as how soon scores are settled depends on what was learnt.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attrfast import attribute, data
+from attrfast.names import network
+from benchmarks import contenders, machine, timing
+from benchmarks.quiet import Clock
+from benchmarks.training import train
+
+NETWORKS = ("vgg_small", "resnet20")
+FASTER = 10.0  # times, at least
+CONFIDENT, ALL, HOOKS = 'stop="confident"', "attrfast, all samples", "hooks, all samples"
+_BATCH = 64
+
+
+def fashion_mnist() -> data.Splits:
+    return data.fashion_mnist(val_size=100, batch_size=_BATCH, seed=0)
+
+
+def measure(
+    name: str,
+    *,
+    epochs: int,
+    rounds: int,
+    patience: float,
+    splits: data.Splits | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Times the three ways to score a training set, in turns; every round shuffles it anew.
+
+    Args:
+        name: a network of `attrfast.models`.
+        epochs: of training before.
+        rounds: that count.
+        patience: seconds to spend on waiting for a quiet machine.
+        splits: the data; None: Fashion-MNIST.
+        say: told what goes on.
+    """
+    torch.set_num_threads(machine.THREADS)
+    about = machine.facts()
+    torch.manual_seed(0)
+    splits = splits or fashion_mnist()
+    model = network(name, splits)()
+    say(f"{name}: {epochs} epochs of training, then {rounds} rounds over the whole training set")
+    train(model, splits.train, epochs)
+    model.eval()
+    read: list[int] = []
+
+    def confident() -> None:
+        scores = attribute(model, splits.train, "attribution", stop="confident", progress=False)
+        read.append(scores.samples)
+
+    runs: dict[str, Callable[[], object]] = {
+        HOOKS: lambda: contenders.hooks(model, splits.train),
+        ALL: lambda: contenders.attrfast(model, splits.train),
+        CONFIDENT: confident,
+    }
+    times = timing.interleaved(runs, rounds, Clock(patience), after=gc.collect)
+    slower, quiet = timing.ratio(times[HOOKS], times[CONFIDENT])
+    held = "held" if slower >= FASTER else "missed"
+    return {
+        "machine": about,
+        "samples": len(splits.train.dataset),  # type: ignore[arg-type]
+        "epochs": epochs,
+        "rounds": rounds,
+        "read": read,
+        "seconds": {key: one.median for key, one in times.items()},
+        "all_seconds": {key: one.seconds for key, one in times.items()},
+        "all_others": {key: one.others for key, one in times.items()},
+        "faster": slower,
+        "verdict": held if quiet else "disturbed",
+    }
