@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "attribution.h"
 #include "checks.h"
 #ifdef ATTRFAST_WITH_CUDA
@@ -42,25 +43,6 @@ void use_isa(const std::string& name) {
     }
   }
   throw std::invalid_argument("no kernels for the instruction set '" + name + "' on this processor");
-}
-
-using Address = std::uintptr_t;
-const void* in(Address a) { return reinterpret_cast<const void*>(a); }
-void* out(Address a) { return reinterpret_cast<void*>(a); }
-
-Shape shape_of(int64_t n, int64_t c, int64_t p, int layout) {
-  return {n, c, p, static_cast<Layout>(layout)};
-}
-
-using Two = std::pair<int64_t, int64_t>;
-Pool pool_of(Two input, Two output, Two kernel, Two stride, Two padding) {
-  return {input.first,
-          input.second,
-          output.first,
-          output.second,
-          {kernel.first, kernel.second},
-          {stride.first, stride.second},
-          {padding.first, padding.second}};
 }
 
 // More would bring nothing, and where they can't be started OpenMP ends the process.

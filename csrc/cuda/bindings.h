@@ -6,16 +6,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../arguments.h"
 #include "../checks.h"
 #include "launches.h"
 
 namespace attrfast::cuda {
 
-using Address = std::uintptr_t;
-using Two = std::pair<int64_t, int64_t>;
-
-inline const void* in(Address a) { return reinterpret_cast<const void*>(a); }
-inline void* out(Address a) { return reinterpret_cast<void*>(a); }
 // Scratch memory for as many doubles as a launch needs.
 inline double* doubles(Address a, int64_t count) {
   Check("scratch").writes("it", out(a), count, sizeof(double));
