@@ -194,13 +194,14 @@ class CudaBackend(LaunchingBackend):
         return found
 
     def segment_normalize(self, theta: Tensor, offsets: Tensor, kind: str) -> Tensor:
-        theta, offsets = theta.contiguous(), offsets.contiguous()
+        theta, offsets = laid(theta, False), laid(offsets, False)
         out = torch.empty(theta.shape, dtype=theta.dtype, device=theta.device)
         self._launches.segment_normalize(
             DTYPES[theta.dtype],
             theta.data_ptr(),
             offsets.data_ptr(),
             offsets.numel() - 1,
+            theta.numel(),
             out.data_ptr(),
             NORMS[kind],
             *self._queue(theta),

@@ -42,7 +42,7 @@ def sums(x: Tensor, wanted: bool = True) -> Tensor:
 
 
 def _vector(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.contiguous()
+    return None if v is None else laid(v, False)
 
 
 class LaunchingBackend(ABC):

@@ -22,8 +22,15 @@ def channels_lie_together(x: torch.Tensor) -> bool:
     return x.dim() == 3 and x.transpose(1, 2).is_contiguous()
 
 
+def aligned(x: torch.Tensor) -> bool:
+    """Whether the memory begins where an element may; memory of foreign origin need not."""
+    return x.data_ptr() % x.element_size() == 0
+
+
 def laid(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """The tensor in one of the two layouts: itself, or a copy."""
+    """The tensor in one of the two layouts, and aligned: itself, or a copy."""
+    if not aligned(x):
+        x = x.clone()
     if not channels_last:
         return x.contiguous()
     if x.dim() in _CHANNELS_LAST:
@@ -55,3 +62,29 @@ def put_back(target: torch.Tensor, work: torch.Tensor) -> None:
     """Writes back into the caller's tensor what was worked on in a copy."""
     if work.data_ptr() != target.data_ptr() or work.stride() != target.stride():
         target.copy_(work)
+
+
+def elements_lie_apart(x: torch.Tensor) -> bool:
+    """Whether no two elements share memory. False too for strides so odd that they would have to be tried."""
+    reach = 0  # from the first element to the last one of the dimensions so far
+    for step, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if step <= reach:
+            return x.numel() == 0
+        reach += step * (size - 1)
+    return True
+
+
+def apart_from(written: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor | None:
+    """What is read while `written` is written: x itself, or a copy where their memory overlaps."""
+    if x is None:
+        return None
+    (begin, end), (other, last) = _span(written), _span(x)
+    return x.clone() if begin < last and other < end else x
+
+
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    """From the first to behind the last byte of a tensor; both 0 for an empty one."""
+    if x.numel() == 0:
+        return 0, 0
+    reach = sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True))
+    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()

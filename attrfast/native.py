@@ -9,6 +9,7 @@ import torch
 from attrfast import _native
 from attrfast.errors import BackendError
 from attrfast.launching import LaunchingBackend, Windows
+from attrfast.layouts import laid
 from attrfast.pointers import DTYPES, NORMS, pointer, shape_of
 
 Tensor = torch.Tensor
@@ -164,13 +165,14 @@ class CpuBackend(LaunchingBackend):
         )
 
     def segment_normalize(self, theta: Tensor, offsets: Tensor, kind: str) -> Tensor:
-        theta, offsets = theta.contiguous(), offsets.contiguous()
+        theta, offsets = laid(theta, False), laid(offsets, False)
         out = torch.empty_like(theta)
         _native.segment_normalize(
             DTYPES[theta.dtype],
             theta.data_ptr(),
             offsets.data_ptr(),
             offsets.numel() - 1,
+            theta.numel(),
             out.data_ptr(),
             NORMS[kind],
             torch.get_num_threads(),

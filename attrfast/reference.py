@@ -102,11 +102,13 @@ def _affine_relu(
 def _passes(a: torch.Tensor, g: torch.Tensor, lower: float, upper: float, guided: bool) -> torch.Tensor:
     """Where the gradient passes the clamp whose output is a; NaN counts as inside the bounds.
 
-    The bounds are rounded to a's dtype, as what was clamped to them is.
+    The bounds are rounded to a's dtype, as what was clamped to them is. An infinite one is none: an infinity
+    that was not clamped lets its gradient pass, as through PyTorch's own ReLU.
     """
     wide = torch.tensor([lower, upper], dtype=compute_dtype(a.dtype), device="cpu")
     low, high = wide.to(a.dtype).tolist()
-    passes: torch.Tensor = ~(a <= low) & ~(a >= high)
+    outside = (a <= low) & (low > -INF) | (a >= high) & (high < INF)
+    passes: torch.Tensor = ~outside
     return passes & (g > 0) if guided else passes
 
 

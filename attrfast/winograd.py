@@ -10,7 +10,7 @@ import torch
 from attrfast._backend import backend_for
 from attrfast.buffers import Buffers
 from attrfast.convolution import Geometry
-from attrfast.layouts import channels_lie_together, laid
+from attrfast.layouts import aligned, channels_lie_together, laid
 from attrfast.reference import INF
 
 Tensor = torch.Tensor
@@ -33,6 +33,8 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = F
         and groups == 1
         and max(padding) <= 2
         and weight.stride(2) == 3 * weight.stride(3)
+        and aligned(x)
+        and aligned(weight)
         and channels_lie_together(x)
         and not torch.is_autocast_enabled(x.device.type)
         and backend_for(x.device).has_winograd
@@ -98,7 +100,7 @@ def convolve(
     backend = backend_for(x.device)
     floats = backend.winograd_floats(x, channels, padding)
     scratch = torch.empty(floats) if buffers is None else buffers.scratch(floats)
-    scale, shift = (None if v is None else v.contiguous() for v in (scale, shift))
+    scale, shift = (None if v is None else laid(v, False) for v in (scale, shift))
     other = None if residual is None else laid(residual, True)
     backend.winograd(x, weight, padding, transposed, scale, shift, other, lower, upper, out, scratch)
     return out

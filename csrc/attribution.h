@@ -35,7 +35,7 @@ struct AffineRelu {
 
 // g1 = where(lower < a < upper [and g > 0], g, 0); gz = g1 * scale.
 // s[n, c] = sum over p of a * g (kOutput) or (a - residual) * g1 (kBranch).
-// Both bounds are first rounded to the element type, as what the forward clamped was.
+// Both bounds are first rounded to the element type, as what the forward clamped was; an infinite one is none.
 // g1 may be null or g; gz may be g where g1 is null; s is read with kNone by nobody.
 struct AffineReluBackward {
   const void *a, *g, *scale, *residual;

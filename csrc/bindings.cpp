@@ -6,7 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "attribution.h"
+#include "checks.h"
 #ifdef ATTRFAST_WITH_CUDA
 #include "cuda/bindings.h"
 #endif
@@ -43,75 +45,90 @@ void use_isa(const std::string& name) {
   throw std::invalid_argument("no kernels for the instruction set '" + name + "' on this processor");
 }
 
-using Address = std::uintptr_t;
-const void* in(Address a) { return reinterpret_cast<const void*>(a); }
-void* out(Address a) { return reinterpret_cast<void*>(a); }
+// More would bring nothing, and where they can't be started OpenMP ends the process.
+constexpr int kMostThreads = 1024;
 
-Shape shape_of(int64_t n, int64_t c, int64_t p, int layout) {
-  return {n, c, p, static_cast<Layout>(layout)};
-}
-
-using Two = std::pair<int64_t, int64_t>;
-Pool pool_of(Two input, Two output, Two kernel, Two stride, Two padding) {
-  return {input.first,
-          input.second,
-          output.first,
-          output.second,
-          {kernel.first, kernel.second},
-          {stride.first, stride.second},
-          {padding.first, padding.second}};
+int usable(const char* op, int threads) {
+  Check(op).require(threads >= 1, "threads must be at least 1");
+  return threads < kMostThreads ? threads : kMostThreads;
 }
 
 void affine_relu(int dtype, int layout, int64_t n, int64_t c, int64_t p, Address z, Address scale,
                  Address shift, Address residual, Address y, Address count, double lower, double upper,
                  int threads) {
-  chosen->affine_relu(static_cast<Dtype>(dtype), shape_of(n, c, p, layout),
-                      {in(z), in(scale), in(shift), in(residual), out(y), out(count), lower, upper},
-                      threads);
+  const Dtype type = static_cast<Dtype>(dtype);
+  const Shape shape = shape_of(n, c, p, layout);
+  const AffineRelu op = {in(z), in(scale), in(shift), in(residual), out(y), out(count), lower, upper};
+  threads = usable("affine_relu", threads);
+  if (to_do(type, shape, op)) chosen->affine_relu(type, shape, op, threads);
 }
 
 void affine_relu_backward(int dtype, int layout, int64_t n, int64_t c, int64_t p, Address a, Address g,
                           Address scale, Address residual, Address g1, Address gz, Address s,
                           double lower, double upper, bool guided, int attribute, int threads) {
-  chosen->affine_relu_backward(static_cast<Dtype>(dtype), shape_of(n, c, p, layout),
-                               {in(a), in(g), in(scale), in(residual), out(g1), out(gz), out(s), lower,
-                                upper, guided, static_cast<Attribute>(attribute)},
-                               threads);
+  const Dtype type = static_cast<Dtype>(dtype);
+  const Shape shape = shape_of(n, c, p, layout);
+  const AffineReluBackward op = {in(a),
+                                 in(g),
+                                 in(scale),
+                                 in(residual),
+                                 out(g1),
+                                 out(gz),
+                                 out(s),
+                                 lower,
+                                 upper,
+                                 guided,
+                                 static_cast<Attribute>(attribute)};
+  threads = usable("affine_relu_backward", threads);
+  if (to_do(type, shape, op)) chosen->affine_relu_backward(type, shape, op, threads);
 }
 
 void attribution(int dtype, int layout, int64_t n, int64_t c, int64_t p, Address x, Address g, Address s,
                  bool absolute, int threads) {
-  chosen->attribution(static_cast<Dtype>(dtype), shape_of(n, c, p, layout),
-                      {in(x), in(g), out(s), absolute}, threads);
+  const Dtype type = static_cast<Dtype>(dtype);
+  const Shape shape = shape_of(n, c, p, layout);
+  const Attribution op = {in(x), in(g), out(s), absolute};
+  threads = usable("attribution", threads);
+  if (to_do(type, shape, op)) chosen->attribution(type, shape, op, threads);
 }
 
 void affine_relu_max_pool(int dtype, int layout, int64_t n, int64_t c, Two input, Two output, Two kernel,
                           Two stride, Two padding, Address z, Address scale, Address shift, Address p,
                           Address code, Address count, double lower, double upper, int threads) {
-  chosen->affine_relu_max_pool(
-      static_cast<Dtype>(dtype), shape_of(n, c, output.first * output.second, layout),
-      pool_of(input, output, kernel, stride, padding),
-      {in(z), in(scale), in(shift), out(p), static_cast<uint8_t*>(out(code)), out(count), lower, upper},
-      threads);
+  const Dtype type = static_cast<Dtype>(dtype);
+  const Pool pool = pool_of(input, output, kernel, stride, padding);
+  const Shape shape = pooled_shape(n, c, pool, layout);
+  const AffineReluMaxPool op = {
+      in(z), in(scale), in(shift), out(p), static_cast<uint8_t*>(out(code)), out(count), lower, upper};
+  threads = usable("affine_relu_max_pool", threads);
+  if (to_do(type, shape, pool, op)) chosen->affine_relu_max_pool(type, shape, pool, op, threads);
 }
 
 void affine_relu_max_pool_backward(int dtype, int layout, int64_t n, int64_t c, Two input, Two output,
                                    Two kernel, Two stride, Two padding, Address p, Address code,
                                    Address g, Address scale, Address gz, double lower, double upper,
                                    bool guided, int threads) {
-  chosen->affine_relu_max_pool_backward(
-      static_cast<Dtype>(dtype), shape_of(n, c, output.first * output.second, layout),
-      pool_of(input, output, kernel, stride, padding),
-      {in(p), in(g), in(scale), static_cast<const uint8_t*>(in(code)), out(gz), lower, upper, guided},
-      threads);
+  const Dtype type = static_cast<Dtype>(dtype);
+  const Pool pool = pool_of(input, output, kernel, stride, padding);
+  const Shape shape = pooled_shape(n, c, pool, layout);
+  const AffineReluMaxPoolBackward op = {in(p),   in(g), in(scale), static_cast<const uint8_t*>(in(code)),
+                                        out(gz), lower, upper,     guided};
+  threads = usable("affine_relu_max_pool_backward", threads);
+  if (to_do(type, shape, pool, op))
+    chosen->affine_relu_max_pool_backward(type, shape, pool, op, threads);
 }
 
-void segment_normalize(int dtype, Address theta, Address offsets, int64_t segments, Address result,
-                       int kind, int threads) {
-  chosen->segment_normalize(static_cast<Dtype>(dtype),
-                            {in(theta), static_cast<const int64_t*>(in(offsets)), segments, out(result),
-                             static_cast<Norm>(kind)},
-                            threads);
+void segment_normalize(int dtype, Address theta, Address offsets, int64_t segments, int64_t elements,
+                       Address result, int kind, int threads) {
+  const Dtype type = static_cast<Dtype>(dtype);
+  const int64_t* bounds = static_cast<const int64_t*>(in(offsets));
+  const SegmentNormalize op = {in(theta), bounds, segments, out(result), static_cast<Norm>(kind)};
+  threads = usable("segment_normalize", threads);
+  if (!to_do(type, op, elements)) return;
+  bool ascend = bounds[0] == 0 && bounds[segments] == elements;
+  for (int64_t l = 0; l < segments; ++l) ascend &= bounds[l] <= bounds[l + 1];
+  Check("segment_normalize").require(ascend, "offsets must ascend from 0 to elements");
+  chosen->segment_normalize(type, op, threads);
 }
 
 Winograd winograd_of(int64_t n, Two input, int64_t channels_in, int64_t channels_out, Two padding) {
@@ -124,7 +141,9 @@ Winograd winograd_of(int64_t n, Two input, int64_t channels_in, int64_t channels
 
 int64_t winograd_floats(int64_t n, Two input, int64_t channels_in, int64_t channels_out, Two padding,
                         int threads) {
-  return chosen->winograd_floats(winograd_of(n, input, channels_in, channels_out, padding), threads);
+  const Winograd op = winograd_of(n, input, channels_in, channels_out, padding);
+  threads = usable("winograd", threads);
+  return to_do(op) ? chosen->winograd_floats(op, threads) : 0;
 }
 
 void winograd(int64_t n, Two input, int64_t channels_in, int64_t channels_out, Two padding, Address x,
@@ -137,15 +156,29 @@ void winograd(int64_t n, Two input, int64_t channels_in, int64_t channels_out, T
   op.flipped = flipped;
   op.scale = static_cast<const float*>(in(scale)), op.shift = static_cast<const float*>(in(shift));
   op.residual = static_cast<const float*>(in(residual));
-  op.lower = static_cast<float>(lower), op.upper = static_cast<float>(upper);
   op.y = static_cast<float*>(out(y)), op.scratch = static_cast<float*>(out(scratch));
+  threads = usable("winograd", threads);
+  if (!to_do(op)) return;
+  check_memory(op, lower, upper, chosen->winograd_floats(op, threads));
+  op.lower = static_cast<float>(lower), op.upper = static_cast<float>(upper);
   chosen->winograd(op, threads);
 }
+
+const char* const kChecked = R"(: a launch of csrc/attribution.h.
+
+Raises ValueError for what no launch can have: an unknown code of a dtype, layout, norm or attribute; negative
+or too large sizes and their products; a pooling or convolution without room; bounds that cross; null where
+memory is needed, or memory that is not aligned, or that is written and overlaps another argument. TypeError for
+what is no number of the kind. It can't tell from a number whether there is memory behind it, of that size and
+type, that lives as long as the launch, and that no other thread touches.)";
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Launches of attrfast's CPU kernels over raw pointers.";
+  m.doc() =
+      "Launches of attrfast's CPU kernels over raw pointers. Arguments are checked as far as numbers "
+      "can be; "
+      "attrfast.ops has the functions over tensors, which are checked whole.";
   m.def("isa", [] { return std::string(chosen->isa); }, "The instruction set in use.");
   m.def(
       "available_isas",
@@ -158,14 +191,30 @@ PYBIND11_MODULE(_native, m) {
   m.def("use_isa", &use_isa, "Uses the kernels of one instruction set; ValueError if it can't run.");
   m.attr("compiler") = py::str(ATTRFAST_COMPILER);
   const py::call_guard<py::gil_scoped_release> unlocked;
-  m.def("affine_relu", &affine_relu, unlocked);
-  m.def("affine_relu_backward", &affine_relu_backward, unlocked);
-  m.def("attribution", &attribution, unlocked);
-  m.def("affine_relu_max_pool", &affine_relu_max_pool, unlocked);
-  m.def("affine_relu_max_pool_backward", &affine_relu_max_pool_backward, unlocked);
-  m.def("segment_normalize", &segment_normalize, unlocked);
-  m.def("winograd", &winograd, unlocked);
-  m.def("winograd_floats", &winograd_floats);
+  const auto launch = [&](const char* name, auto function, const std::string& what) {
+    m.def(name, function, unlocked, (what + kChecked).c_str());
+  };
+  launch("affine_relu", &affine_relu,
+         "(dtype, layout, n, c, p, z, scale, shift, residual, y, count, lower, upper, threads)");
+  launch("affine_relu_backward", &affine_relu_backward,
+         "(dtype, layout, n, c, p, a, g, scale, residual, g1, gz, s, lower, upper, guided, attribute, "
+         "threads)");
+  launch("attribution", &attribution, "(dtype, layout, n, c, p, x, g, s, absolute, threads)");
+  launch(
+      "affine_relu_max_pool", &affine_relu_max_pool,
+      "(dtype, layout, n, c, input, output, kernel, stride, padding, z, scale, shift, p, code, count, "
+      "lower, upper, threads)");
+  launch("affine_relu_max_pool_backward", &affine_relu_max_pool_backward,
+         "(dtype, layout, n, c, input, output, kernel, stride, padding, p, code, g, scale, gz, lower, "
+         "upper, guided, threads)");
+  launch("segment_normalize", &segment_normalize,
+         "(dtype, theta, offsets, segments, elements, result, kind, threads)");
+  launch("winograd", &winograd,
+         "(n, input, channels_in, channels_out, padding, x, weight, weight_out, weight_in, weight_tap, "
+         "flipped, scale, shift, residual, y, scratch, lower, upper, threads)");
+  m.def(
+      "winograd_floats", &winograd_floats,
+      "(n, input, channels_in, channels_out, padding, threads): floats of scratch that winograd needs.");
 #ifdef ATTRFAST_WITH_CUDA
   py::module_ cuda = m.def_submodule("cuda", "Launches of attrfast's CUDA kernels over raw pointers.");
   attrfast::cuda::bind(cuda);

@@ -313,8 +313,13 @@ def counted(y, is_element, STORED: tl.constexpr):
 
 @triton.jit
 def passed(a, g, LOWER: tl.constexpr, UPPER: tl.constexpr, GUIDED: tl.constexpr):
-    """g where the clamp whose output is a lets it pass, else 0; NaN in a counts as inside."""
-    blocked = (a <= tl.full([], LOWER, a.dtype)) | (a >= tl.full([], UPPER, a.dtype))
+    """g where the clamp whose output is a lets it pass, else 0; NaN in a counts as inside, and an infinite
+    bound is none."""
+    blocked = tl.zeros(a.shape, tl.int1)
+    if float("-inf") != LOWER:
+        blocked = blocked | (a <= tl.full([], LOWER, a.dtype))
+    if float("inf") != UPPER:
+        blocked = blocked | (a >= tl.full([], UPPER, a.dtype))
     if GUIDED:
         blocked = blocked | ~(g > 0)
     return tl.where(blocked, 0.0, g)

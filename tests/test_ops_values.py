@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -71,8 +72,10 @@ def test_special_values_go_backward_as_by_the_definition(
 ) -> None:
     a, g = pairs(dtype, layout)
     assert_as_defined(Call("count_nonzero", {"x": a}))
-    limits = {"lower": bounds[0], "upper": bounds[1], "guided": guided, "scale": None}
-    for what in (0, 1, 2):
+    limits = {"lower": bounds[0], "upper": bounds[1], "guided": guided}
+    vector = g[0, :, 0].to(reference.compute_dtype(dtype))
+    for what, scale in itertools.product((0, 1, 2), (None, vector)):
+        limits["scale"] = scale
         args = {"a": a, "g": g, **limits}
         assert_as_defined(Call("affine_add_relu_backward", {**args, "residual": g, "attribute": what}))
         if what < 2:
@@ -162,3 +165,62 @@ def test_special_values_are_pooled_as_by_pytorch(
     x = torch.arange(p.shape[3]) - 1 + code % 2
     # Windows of several NaN, or of equal numbers: the same one of them.
     assert torch.equal(y * z.shape[3] + x, index)
+
+
+@pytest.mark.parametrize("layout", LAID)
+@pytest.mark.parametrize("bounds", [(0.0, None), (None, None), (0.0, 6.0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_gradients_go_through_a_pooling_as_by_the_definition(
+    dtype: torch.dtype, bounds: tuple[float | None, float | None], layout: str, isa: str
+) -> None:
+    values = special(dtype)
+    random = torch.Generator().manual_seed(1)
+    z, g = (
+        LAYOUTS[layout](values[torch.randint(len(values), size, generator=random)])
+        for size in ((2, 40, 8, 12), (2, 40, 4, 4))
+    )
+    vector = values[torch.arange(40) % len(values)].to(reference.compute_dtype(dtype))
+    geometry = {"kernel": [2, 3], "stride": [2, 3], "padding": [0, 0]}  # no gradients to add up
+    limits = {"lower": bounds[0], "upper": bounds[1]}
+    for scale, shift in ((None, None), (vector, None), (None, vector)):
+        forward = {"z": z, "scale": scale, "shift": shift, **geometry, "ceil_mode": False, **limits}
+        assert_as_defined(Call("affine_relu_max_pool", {**forward, "count": True}))
+        p, code, _ = ops.affine_relu_max_pool(**forward)
+        for guided in (False, True):
+            args = {"p": p, "code": code, "g": g, "scale": scale, "size": [8, 12], **geometry, **limits}
+            assert_as_defined(Call("affine_relu_max_pool_backward", {**args, "guided": guided}))
+
+
+@pytest.mark.parametrize("layout", LAID)
+@pytest.mark.parametrize("bounds", [(0.0, None), (0.0, 6.0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_and_their_gradients_are_pytorch_s(
+    dtype: torch.dtype, bounds: tuple[float, float | None], layout: str, isa: str
+) -> None:
+    z, g = pairs(dtype, layout)
+    z.requires_grad_()
+    want = functional.relu(z) if bounds[1] is None else functional.hardtanh(z, *bounds)
+    (want_gz,) = torch.autograd.grad(want, z, g)
+    y, _ = ops.affine_relu(z, None, None, None, *bounds)
+    (gz,) = torch.autograd.grad(y, z, g)
+    torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
+    if bounds[1] is not None:  # NaN stops at PyTorch's hardtanh, and passes its ReLU
+        want_gz = torch.where(z.isnan(), g, want_gz)
+    torch.testing.assert_close(gz, want_gz, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["l2", "mean", "max"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_are_normalised_each_segment_by_itself(
+    dtype: torch.dtype, kind: str, isa: str
+) -> None:
+    values = special(dtype)
+    parts = torch.stack([values, torch.full_like(values, 3.0)], 1).flatten()  # two values a segment
+    offsets = torch.arange(0, len(parts) + 1, 2)
+    got = ops.segment_normalize(parts, offsets, kind).view(-1, 2)
+    want = reference.segment_normalize(parts, offsets, kind).view(-1, 2)
+    finite = values.isfinite()
+    assert got[~finite].isnan().all()
+    assert got[finite].isfinite().all()
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, equal_nan=True)

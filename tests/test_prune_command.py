@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shlex
 import signal
 import subprocess
@@ -167,6 +168,47 @@ def test_ctrl_c_says_how_to_go_on(network: str, tmp_path: Path, monkeypatch: pyt
     assert result.exit_code == 130
     assert result.stderr.startswith("attrfast: stopped; the same command with --resume goes on in ")
     assert result.stdout == ""
+
+
+def steps_in(run: Path) -> int:
+    """Whole steps of a run; 0 before there are any."""
+    file = run / "steps/pruning.json"
+    return len(json.loads(file.read_text())["history"]) - 1 if file.exists() else 0
+
+
+def test_a_signal_in_the_middle_leaves_a_network_and_resume_goes_on(
+    network: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    # A process in the background may have been told to ignore the signal; this one answers as in a terminal.
+    start = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from attrfast.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", start, "prune", network, *SHORT, "--train", "1", "--finetune", "1"]
+    command += ["--keep-ratio", "0.3", "--step", "2", "--loader-workers", "0", "--out", str(run)]
+    command += ["--no-progress"]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 240
+        while steps_in(run) < 1 and time.monotonic() < until:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=240)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"--resume goes on in {run}" in err
+    partly = json.loads((run / "recipe.json").read_text())["history"]
+    assert 1 <= len(partly) - 1 == steps_in(run)
+    build = runpy.run_path(network.rpartition(":")[0])["build"]
+    smaller = attrfast.load(run, lambda: build(10, 1))
+    assert smaller(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    done = subprocess.run([*command, "--resume", "--json"], check=True, text=True, capture_output=True)
+    told = json.loads(done.stdout)
+    assert told["reached"]
+    whole = json.loads((run / "recipe.json").read_text())["history"]
+    assert whole[: len(partly)] == partly
+    assert len(whole) > len(partly)
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])

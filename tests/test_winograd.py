@@ -107,7 +107,7 @@ def test_the_bits_depend_on_neither_threads_nor_neighbours(
     x, weight, _ = tensors(shape, padding, LAST, False)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5):
+        for threads in range(1, 9):
             torch.set_num_threads(threads)
             results.append(winograd.convolve(x, weight, list(padding)))
     finally:

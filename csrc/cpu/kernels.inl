@@ -55,10 +55,12 @@ class PerChannel {
   const C* data_;
 };
 
-// A bound as the element type stores it: what a clamped element compares equal to.
+// A bound as the element type stores it: what a clamped element compares equal to. `none` is no bound, and
+// becomes NaN, to which nothing compares: an infinity that was not clamped lets its gradient pass.
 template <class T>
-static inline Compute<T> stored_bound(double bound) {
-  return Element<T>::load(Element<T>::store(static_cast<Compute<T>>(bound)));
+static inline Compute<T> stored_bound(double bound, double none) {
+  const Compute<T> stored = Element<T>::load(Element<T>::store(static_cast<Compute<T>>(bound)));
+  return stored == none ? stored - stored : stored;
 }
 
 // What a missing shift adds: adding 0 would lose the sign of -0.
@@ -211,7 +213,8 @@ static void backward_typed(const Shape& shape, const AffineReluBackward& op, int
   T* g1 = static_cast<T*>(op.g1);
   T* gz = static_cast<T*>(op.gz);
   C* s = static_cast<C*>(op.s);
-  const C lower = stored_bound<T>(op.lower), upper = stored_bound<T>(op.upper);
+  const C lower = stored_bound<T>(op.lower, -__builtin_inf()),
+          upper = stored_bound<T>(op.upper, __builtin_inf());
   const PerChannel<C> scales(op.scale, shape.c, 1);
   const C* scale = scales.data();
   if (shape.layout == kChannelsFirst) {

@@ -154,7 +154,8 @@ static void max_pool_backward_typed(const Shape& shape, const Pool& pool,
   const T* p_all = static_cast<const T*>(op.p);
   const T* g_all = static_cast<const T*>(op.g);
   T* gz_all = static_cast<T*>(op.gz);
-  const C lower = stored_bound<T>(op.lower), upper = stored_bound<T>(op.upper);
+  const C lower = stored_bound<T>(op.lower, -__builtin_inf()),
+          upper = stored_bound<T>(op.upper, __builtin_inf());
   const PerChannel<C> scales(op.scale, shape.c, 1);
   const C* scale = scales.data();
   const bool first_layout = shape.layout == kChannelsFirst;

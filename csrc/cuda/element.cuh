@@ -44,10 +44,12 @@ using Compute = typename Element<T>::Compute;
 template <class T>
 constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
 
-// A bound as the element type stores it: what a clamped element compares equal to.
+// A bound as the element type stores it: what a clamped element compares equal to. `none` is no bound, and
+// becomes NaN, to which nothing compares: an infinity that was not clamped lets its gradient pass.
 template <class T>
-__device__ __forceinline__ Compute<T> stored_bound(double bound) {
-  return Element<T>::load(Element<T>::store(static_cast<Compute<T>>(bound)));
+__device__ __forceinline__ Compute<T> stored_bound(double bound, double none) {
+  const Compute<T> stored = Element<T>::load(Element<T>::store(static_cast<Compute<T>>(bound)));
+  return stored == none ? stored - stored : stored;
 }
 
 template <class C>

@@ -100,8 +100,8 @@ struct BackwardOp {
         scale(static_cast<const C*>(op.scale)),
         g1(static_cast<T*>(op.g1)),
         gz(static_cast<T*>(op.gz)),
-        lower(stored_bound<T>(op.lower)),
-        upper(stored_bound<T>(op.upper)),
+        lower(stored_bound<T>(op.lower, -__builtin_inf())),
+        upper(stored_bound<T>(op.upper, __builtin_inf())),
         guided(op.guided),
         attribute(op.attribute) {}
 

@@ -357,7 +357,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const T *p = static_cast<const T*>(op.p), *g = static_cast<const T*>(op.g);
   const C* scale = static_cast<const C*>(op.scale);
   T* gz = static_cast<T*>(op.gz);
-  const C lower = stored_bound<T>(op.lower), upper = stored_bound<T>(op.upper);
+  const C lower = stored_bound<T>(op.lower, -__builtin_inf()),
+          upper = stored_bound<T>(op.upper, __builtin_inf());
   const int h = static_cast<int>(pool.h), w = static_cast<int>(pool.w);
   const int rows = static_cast<int>(pool.rows), columns = static_cast<int>(pool.columns);
   double* shared = reinterpret_cast<double*>(shared_memory());
@@ -468,7 +469,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   using C = Compute<T>;
   const T *p = static_cast<const T*>(op.p), *g = static_cast<const T*>(op.g);
   const C* scale = static_cast<const C*>(op.scale);
-  const C lower = stored_bound<T>(op.lower), upper = stored_bound<T>(op.upper);
+  const C lower = stored_bound<T>(op.lower, -__builtin_inf()),
+          upper = stored_bound<T>(op.upper, __builtin_inf());
   const int rows = static_cast<int>(pool.rows), columns = static_cast<int>(pool.columns);
   const int64_t positions = pool.h * pool.w;
   const int64_t step = shape.layout == kChannelsLast ? shape.c : 1;

@@ -23,6 +23,7 @@ PYBIND11_MODULE(attrfast_cuda_on_cpu, m) {
       },
       "(shared, bytes, wide, vectors) of the launches since the last call.");
   m.def("faulty", [](std::uintptr_t x, std::uintptr_t s, int64_t rows, int64_t p, int fault) {
+    using namespace attrfast;
     using namespace attrfast::cuda;
     const char* error =
         start(faulty_kernel, 1, kThreads, kThreads / kWarp * 8, 0, static_cast<const float*>(in(x)),

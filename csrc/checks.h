@@ -1,0 +1,278 @@
+// What can be told of a launch before it runs: arguments that no kernel could work on are refused with
+// std::invalid_argument, which Python gets as ValueError.
+//
+// An address is a number here. Whether there is memory of that size behind it, what it holds, and whether it
+// lives until the launch is done, nobody can tell from the number: that is the caller's to know.
+#pragma once
+
+#include <initializer_list>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "attribution.h"
+
+namespace attrfast {
+
+// Of one tensor, and of one size: no machine addresses more, and sizes of that order still multiply within 64
+// bits where the kernels do so.
+constexpr int64_t kMostElements = int64_t{1} << 47;
+
+// Where a launch reads and writes. Collected one by one, and then compared: `apart`.
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  void require(bool holds, const std::string& what) const {
+    if (!holds) throw std::invalid_argument(std::string(op_) + ": " + what);
+  }
+
+  int64_t within(const char* name, int64_t value, int64_t least, int64_t most) const {
+    require(least <= value && value <= most, std::string(name) + " is " + std::to_string(value) +
+                                                 ", expected " + std::to_string(least) + " to " +
+                                                 std::to_string(most));
+    return value;
+  }
+
+  // Elements of a tensor of these sizes.
+  int64_t elements(const char* name, std::initializer_list<int64_t> sizes) const {
+    int64_t product = 1;
+    bool empty = false;
+    for (int64_t size : sizes) empty |= within(name, size, 0, kMostElements) == 0;
+    for (int64_t size : sizes) {
+      require(empty || product <= kMostElements / size, std::string(name) + " has too many elements");
+      product = empty ? 0 : product * size;
+    }
+    return product;
+  }
+
+  void reads(const char* name, const void* at, int64_t count, int64_t width) {
+    add({name, at, count, width, false, ""});
+  }
+
+  // What may be null is left out of the launch then.
+  void may_read(const char* name, const void* at, int64_t count, int64_t width) {
+    if (at) reads(name, at, count, width);
+  }
+
+  // `same` names what is read and may be exactly this memory.
+  void writes(const char* name, const void* at, int64_t count, int64_t width, const char* same = "") {
+    add({name, at, count, width, true, same});
+  }
+
+  void may_write(const char* name, const void* at, int64_t count, int64_t width, const char* same = "") {
+    if (at) writes(name, at, count, width, same);
+  }
+
+  // Nothing that is written overlaps anything else.
+  void apart() const {
+    for (int i = 0; i < used_; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const Region &a = regions_[i], &b = regions_[j];
+        if (!(a.written || b.written) || a.begin() >= b.end() || b.begin() >= a.end()) continue;
+        const bool whole = a.begin() == b.begin() && a.end() == b.end();
+        const bool meant = std::string(a.same) == b.name || std::string(b.same) == a.name;
+        require(whole && meant, std::string(a.name) + " overlaps " + b.name);
+      }
+    }
+  }
+
+ private:
+  struct Region {
+    const char* name;
+    const void* at;
+    int64_t count, width;
+    bool written;
+    const char* same;
+    uintptr_t begin() const { return reinterpret_cast<uintptr_t>(at); }
+    uintptr_t end() const { return begin() + static_cast<uintptr_t>(count * width); }
+  };
+
+  void add(const Region& region) {
+    if (region.count == 0) return;
+    const std::string name(region.name);
+    require(region.at != nullptr, name + " is null");
+    require(region.begin() % region.width == 0, name + " is not aligned to its elements");
+    require(region.end() > region.begin(), name + " reaches beyond the last address");
+    regions_[used_++] = region;
+  }
+
+  const char* op_;
+  Region regions_[8];
+  int used_ = 0;
+};
+
+inline int64_t width_of(Dtype dtype) { return dtype == kFloat ? 4 : dtype == kDouble ? 8 : 2; }
+inline int64_t compute_width_of(Dtype dtype) { return dtype == kDouble ? 8 : 4; }
+
+inline void check_dtype(const Check& check, Dtype dtype) { check.within("dtype", dtype, kFloat, kHalf); }
+
+// Elements of the tensors of a launch.
+inline int64_t check_shape(const Check& check, Dtype dtype, const Shape& shape) {
+  check_dtype(check, dtype);
+  check.within("layout", shape.layout, kChannelsFirst, kChannelsLast);
+  check.elements("(N, C)", {shape.n, shape.c});
+  return check.elements("(N, C, P)", {shape.n, shape.c, shape.p});
+}
+
+inline void check_bounds(const Check& check, double lower, double upper) {
+  check.require(lower <= upper, "lower must not exceed upper, and neither may be NaN");
+}
+
+// The shape of a pooling's result. What is not a size stays none: check_pool refuses it.
+inline Shape pooled_shape(int64_t n, int64_t c, const Pool& pool, int layout) {
+  int64_t p = 0;
+  if (__builtin_mul_overflow(pool.rows, pool.columns, &p)) p = -1;
+  return {n, c, p, static_cast<Layout>(layout)};
+}
+
+inline void check_pool(const Check& check, const Shape& shape, const Pool& pool) {
+  const int64_t in[2] = {pool.h, pool.w}, out[2] = {pool.rows, pool.columns};
+  for (int i = 0; i < 2; ++i) {
+    check.within("kernel", pool.kernel[i], 1, 255);
+    check.within("stride", pool.stride[i], 1, std::numeric_limits<int32_t>::max());
+    check.within("padding", pool.padding[i], 0, pool.kernel[i] / 2);
+    check.within("input size", in[i], 1, kMostElements);
+    const int64_t room = in[i] + 2 * pool.padding[i] - pool.kernel[i], step = pool.stride[i];
+    check.require(room >= 0, "the input has no room for a window");
+    // The last window of ceil mode must start inside the input.
+    const int64_t most = (room + step - 1) / step + 1;
+    const bool outside = (most - 1) * step >= in[i] + pool.padding[i];
+    check.within("output size", out[i], room / step + 1, outside ? most - 1 : most);
+  }
+  check.require(pool.kernel[0] * pool.kernel[1] <= 255, "a window has more than 255 places");
+  check.elements("the input", {shape.n, shape.c, pool.h, pool.w});
+}
+
+// Each of these refuses a launch, or says whether there is anything to do.
+
+inline bool to_do(Dtype dtype, const Shape& shape, const AffineRelu& op) {
+  Check check("affine_relu");
+  const int64_t count = check_shape(check, dtype, shape), width = width_of(dtype);
+  const int64_t wide = compute_width_of(dtype);
+  check_bounds(check, op.lower, op.upper);
+  check.reads("z", op.z, count, width);
+  check.may_read("scale", op.scale, shape.c, wide);
+  check.may_read("shift", op.shift, shape.c, wide);
+  check.may_read("residual", op.residual, count, width);
+  check.writes("y", op.y, count, width, "z");
+  check.may_write("count", op.count, shape.n * shape.c, wide);
+  check.apart();
+  return shape.n * shape.c > 0;
+}
+
+inline bool to_do(Dtype dtype, const Shape& shape, const AffineReluBackward& op) {
+  Check check("affine_relu_backward");
+  const int64_t count = check_shape(check, dtype, shape), width = width_of(dtype);
+  const int64_t wide = compute_width_of(dtype);
+  check_bounds(check, op.lower, op.upper);
+  check.within("attribute", op.attribute, kNone, kBranch);
+  check.reads("a", op.a, count, width);
+  check.reads("g", op.g, count, width);
+  check.may_read("scale", op.scale, shape.c, wide);
+  if (op.attribute == kBranch) check.reads("residual", op.residual, count, width);
+  check.may_write("g1", op.g1, count, width, "g");
+  check.writes("gz", op.gz, count, width, op.g1 ? "" : "g");
+  if (op.attribute != kNone) check.writes("s", op.s, shape.n * shape.c, wide);
+  check.apart();
+  return shape.n * shape.c > 0;
+}
+
+inline bool to_do(Dtype dtype, const Shape& shape, const Attribution& op) {
+  Check check("attribution");
+  const int64_t count = check_shape(check, dtype, shape), width = width_of(dtype);
+  check.reads("x", op.x, count, width);
+  check.may_read("g", op.g, count, width);
+  check.writes("s", op.s, shape.n * shape.c, compute_width_of(dtype));
+  check.apart();
+  return shape.n * shape.c > 0;
+}
+
+inline bool to_do(Dtype dtype, const Shape& shape, const Pool& pool, const AffineReluMaxPool& op) {
+  Check check("affine_relu_max_pool");
+  check_pool(check, shape, pool);
+  const int64_t count = check_shape(check, dtype, shape), channels = shape.n * shape.c;
+  const int64_t width = width_of(dtype), wide = compute_width_of(dtype);
+  check_bounds(check, op.lower, op.upper);
+  check.reads("z", op.z, channels * pool.h * pool.w, width);
+  check.may_read("scale", op.scale, shape.c, wide);
+  check.may_read("shift", op.shift, shape.c, wide);
+  check.writes("p", op.p, count, width);
+  check.writes("code", op.code, count, 1);
+  check.may_write("count", op.count, channels, wide);
+  check.apart();
+  return channels > 0;
+}
+
+// `s` is null where the launch does not write it.
+inline bool to_do(Dtype dtype, const Shape& shape, const Pool& pool, const AffineReluMaxPoolBackward& op,
+                  const void* s = nullptr) {
+  Check check("affine_relu_max_pool_backward");
+  check_pool(check, shape, pool);
+  const int64_t count = check_shape(check, dtype, shape), channels = shape.n * shape.c;
+  const int64_t width = width_of(dtype), wide = compute_width_of(dtype);
+  check_bounds(check, op.lower, op.upper);
+  check.reads("p", op.p, count, width);
+  check.reads("g", op.g, count, width);
+  check.reads("code", op.code, count, 1);
+  check.may_read("scale", op.scale, shape.c, wide);
+  check.writes("gz", op.gz, channels * pool.h * pool.w, width);
+  check.may_write("s", s, channels, wide);
+  check.apart();
+  return channels > 0;
+}
+
+// Where the offsets can be read, `elements` is the last one; it is 0 where they can't.
+inline bool to_do(Dtype dtype, const SegmentNormalize& op, int64_t elements) {
+  Check check("segment_normalize");
+  check_dtype(check, dtype);
+  check.within("kind", op.kind, kL2, kMax);
+  check.within("segments", op.segments, 0, kMostElements);
+  check.reads("theta", op.theta, elements, width_of(dtype));
+  check.reads("offsets", op.offsets, op.segments + 1, sizeof(int64_t));
+  check.writes("out", op.out, elements, width_of(dtype));
+  check.apart();
+  return op.segments > 0;
+}
+
+// Sizes of a convolution; the memory of a launch is checked apart, because its scratch follows from the sizes.
+inline bool to_do(const Winograd& op) {
+  Check check("winograd");
+  check.within("channels_in", op.channels_in, 1, std::numeric_limits<int32_t>::max());
+  check.within("channels_out", op.channels_out, 0, std::numeric_limits<int32_t>::max());
+  int64_t size[2] = {op.h, op.w};
+  for (int i = 0; i < 2; ++i) {
+    check.within("padding", op.padding[i], 0, 2);
+    check.within("input size", size[i], 1, kMostElements);
+    size[i] += 2 * op.padding[i] - 2;
+    check.require(size[i] >= 1, "the input has no room for a window");
+  }
+  check.elements("x", {op.n, op.h, op.w, op.channels_in});
+  check.elements("y", {op.n, size[0], size[1], op.channels_out});
+  return op.n > 0 && op.channels_out > 0;
+}
+
+inline void check_memory(const Winograd& op, double lower, double upper, int64_t scratch_floats) {
+  Check check("winograd");
+  check_bounds(check, lower, upper);
+  const int64_t y =
+      op.n * (op.h + 2 * op.padding[0] - 2) * (op.w + 2 * op.padding[1] - 2) * op.channels_out;
+  int64_t last = 0;  // element of the weight that is read
+  const int64_t steps[3][2] = {
+      {op.channels_out - 1, op.weight_out}, {op.channels_in - 1, op.weight_in}, {8, op.weight_tap}};
+  for (const auto& [most, step] : steps) {
+    check.within("a stride of the weight", step, 0, kMostElements);
+    check.require(most == 0 || step <= kMostElements / most, "the weight has too many elements");
+    last += most * step;
+  }
+  check.reads("x", op.x, op.n * op.h * op.w * op.channels_in, sizeof(float));
+  check.reads("weight", op.weight, last + 1, sizeof(float));
+  check.may_read("scale", op.scale, op.channels_out, sizeof(float));
+  check.may_read("shift", op.shift, op.channels_out, sizeof(float));
+  check.may_read("residual", op.residual, y, sizeof(float));
+  check.writes("y", op.y, y, sizeof(float), "residual");
+  check.writes("scratch", op.scratch, scratch_floats, sizeof(float));
+  check.apart();
+}
+
+}  // namespace attrfast
