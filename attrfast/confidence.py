@@ -163,6 +163,16 @@ class Looks:
 
     def _of(self, importance: torch.Tensor) -> torch.Tensor:
         """(B, F) bool of the units that may go: the lowest, which take `lowest` filters along."""
-        order = importance[:, self._free].argsort(dim=1, stable=True)
-        before = self._size[order].cumsum(1) - self._size[order]
-        return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, before < self.lowest)
+        return lowest_units(importance[:, self._free], self._size, self.lowest)
+
+
+def lowest_units(importance: torch.Tensor, size: torch.Tensor, filters: int) -> torch.Tensor:
+    """(B, U) bool: of every row, the units of lowest importance that take so many filters along.
+
+    Args:
+        importance: (B, U).
+        size: (U,) int64, filters of each unit.
+    """
+    order = importance.argsort(dim=1, stable=True)
+    before = size[order].cumsum(1) - size[order]
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, before < filters)

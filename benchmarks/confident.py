@@ -18,7 +18,7 @@ import attrfast
 from attrfast import data
 from attrfast.batches import unpack
 from attrfast.channels import discover
-from attrfast.confidence import Groups, Looks
+from attrfast.confidence import Groups, Looks, lowest_units
 from attrfast.criteria import REDUCTIONS, get_criterion
 from attrfast.names import network
 from attrfast.objective import Objective
@@ -56,12 +56,12 @@ def measure(name: str, criterion: str, *, epochs: int, orders: int) -> dict[str,
     asked = []
     for share in SHARES:
         filters = math.ceil(units.total_filters / share)
-        right = _lowest(whole, units, filters)
+        right = lowest_units(whole[None], units.size, filters)[0]
         rows = []
         for seed in range(orders):
             looks = Looks(units, importance, confidence=0.95, lowest=filters, seed=seed)
             total, samples = _read(matrix, looks, seed)
-            chosen = _lowest(importance(total[None], samples)[0], units, filters)
+            chosen = lowest_units(importance(total[None], samples), units.size, filters)[0]
             same = int(units.size[chosen & right].sum()) / int(units.size[chosen].sum())
             undecided = 0 if looks.undecided is None else int(looks.undecided.sum())
             rows.append({"samples": samples, "same": same, "undecided": undecided})
@@ -125,13 +125,6 @@ def _read(matrix: torch.Tensor, looks: Looks, seed: int) -> tuple[torch.Tensor, 
         if looks.settled:
             break
     return total, groups.samples
-
-
-def _lowest(importance: torch.Tensor, units: Units, filters: int) -> torch.Tensor:
-    """(U,) bool: the lowest units that make up so many filters."""
-    order = importance.argsort(stable=True)
-    before = units.size[order].cumsum(0) - units.size[order]
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(0, order, before < filters)
 
 
 class _RepeatsChannels(nn.Module):

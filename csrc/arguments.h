@@ -28,4 +28,20 @@ inline Pool pool_of(Two input, Two output, Two kernel, Two stride, Two padding) 
           {padding.first, padding.second}};
 }
 
+inline AffineReluBackward backward_of(Address a, Address g, Address scale, Address residual, Address g1,
+                                      Address gz, Address s, double lower, double upper, bool guided,
+                                      int attribute) {
+  return {in(a),
+          in(g),
+          in(scale),
+          in(residual),
+          out(g1),
+          out(gz),
+          out(s),
+          lower,
+          upper,
+          guided,
+          static_cast<Attribute>(attribute)};
+}
+
 }  // namespace attrfast

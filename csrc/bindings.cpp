@@ -68,17 +68,8 @@ void affine_relu_backward(int dtype, int layout, int64_t n, int64_t c, int64_t p
                           double lower, double upper, bool guided, int attribute, int threads) {
   const Dtype type = static_cast<Dtype>(dtype);
   const Shape shape = shape_of(n, c, p, layout);
-  const AffineReluBackward op = {in(a),
-                                 in(g),
-                                 in(scale),
-                                 in(residual),
-                                 out(g1),
-                                 out(gz),
-                                 out(s),
-                                 lower,
-                                 upper,
-                                 guided,
-                                 static_cast<Attribute>(attribute)};
+  const AffineReluBackward op =
+      backward_of(a, g, scale, residual, g1, gz, s, lower, upper, guided, attribute);
   threads = usable("affine_relu_backward", threads);
   if (to_do(type, shape, op)) chosen->affine_relu_backward(type, shape, op, threads);
 }

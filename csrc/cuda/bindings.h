@@ -67,17 +67,8 @@ inline void bind(pybind11::module_& m) {
          int attribute, Address scratch, int device, Address stream) {
         const Dtype type = static_cast<Dtype>(dtype);
         const Shape shape = shape_of(n, c, p, layout);
-        const AffineReluBackward op = {in(a),
-                                       in(g),
-                                       in(scale),
-                                       in(residual),
-                                       out(g1),
-                                       out(gz),
-                                       out(s),
-                                       lower,
-                                       upper,
-                                       guided,
-                                       static_cast<Attribute>(attribute)};
+        const AffineReluBackward op =
+            backward_of(a, g, scale, residual, g1, gz, s, lower, upper, guided, attribute);
         if (!to_do(type, shape, op)) return;
         affine_relu_backward(type, shape, op,
                              doubles(scratch, attribute ? sums_scratch(type, shape) : 0),
