@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 
 _HUGE = 2 << 20  # bytes of a huge page
+_LARGEST = (32 << 20) - (
+    64 << 10
+)  # bytes: the largest block by which glibc adapts, less its own headers
 _SPARE = 2  # a block may be so many times as large as what it is handed out for
 
 
@@ -36,6 +39,7 @@ class Buffers:
     """Blocks of CPU memory; a block is free again as soon as no tensor lies in it."""
 
     def __init__(self) -> None:
+        _calm_allocator()
         self._blocks: list[_Block] = []
         self._batch = 0
         self._scratch = torch.empty(0)
@@ -82,6 +86,17 @@ class Buffers:
             return min(fitting, key=lambda block: len(block.pages))
         self._blocks.append(_Block(_pages(size), self._batch))
         return self._blocks[-1]
+
+
+def _calm_allocator() -> None:
+    """Lets glibc keep the pages of what a pass makes elsewhere, as the library's convolutions do.
+
+    Once a block of up to 32 MB that had pages of its own is freed, blocks of that size come from the heap, and
+    the heap keeps twice as much free memory at its end instead of giving it back (mallopt(3), M_MMAP_THRESHOLD).
+    Nothing is written to this one, so it takes no memory. Passes over ResNet-50 and DenseNet-121 had 20,000 to
+    50,000 page faults a batch without it, and mostly none with it.
+    """
+    torch.empty(_LARGEST, dtype=torch.uint8)
 
 
 def _rounded(count: int) -> int:

@@ -1,6 +1,6 @@
-"""The input's gradient of a convolution whose input was not kept.
+"""Convolutions by PyTorch where it takes the slower of its ways, or wants an input that was not kept.
 
-Must not know what the gradient is for.
+Must not know what they are for.
 """
 
 from __future__ import annotations
@@ -26,6 +26,37 @@ def each(value: Any, count: int) -> list[int]:
     return values * count if len(values) == 1 else values
 
 
+_MANY = 16  # samples from which PyTorch takes oneDNN in any case
+_PAYS = 512  # positions from which it is faster: it lays the weight out anew
+
+
+def left_behind(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry) -> bool:
+    """Whether PyTorch keeps a 1x1 convolution from oneDNN, which takes half the time.
+
+    It does where it has one thread and few samples (`use_mkldnn` in ATen/native/Convolution.cpp), as in every
+    process of `torchrun`.
+    """
+    return (
+        torch.get_num_threads() == 1
+        and weight.shape[2:] == (1, 1)
+        and geometry == ([1, 1], [0, 0], [1, 1], 1)
+        and x.dim() == 4
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and len(x) < _MANY
+        and x.numel() >= _PAYS * x.shape[1] > 0
+        and torch._C._has_mkldnn
+        and bool(torch._C._get_mkldnn_enabled())
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A 1x1 convolution that PyTorch has left behind."""
+    out: torch.Tensor = torch.ops.aten.mkldnn_convolution(x, weight, bias, [0, 0], [1, 1], [1, 1], 1)
+    return out
+
+
 def input_gradient(
     gz: torch.Tensor,
     weight: torch.Tensor,
@@ -40,6 +71,8 @@ def input_gradient(
         weight: in gz's dtype.
         shape, strides: of the input.
     """
+    if left_behind(gz, weight, geometry):
+        return pointwise(gz, weight.transpose(0, 1), None)
     # PyTorch's function reads no value of the input it is given: any memory will do, and gz's costs nothing.
     if gz.untyped_storage().nbytes() >= shape.numel() * gz.element_size():
         like = gz.as_strided(shape, strides, 0)

@@ -259,12 +259,12 @@ class _MapMode(CallMode):
     ) -> None:
         super().__init__()
         self.places, self.visit, self.end = places, visit, end
-        self.follower = Follower(model, record.calls)
         self.frozen = {id(p): p.detach() for p in model.parameters()}
         self.foreign: list[torch.Tensor] = []  # kept, so that their ids stay theirs
         names = state_names(model)
         # A call that gives back a parameter gives back its alias.
-        self.follower.numbering.names |= {id(self.frozen[i]): names[i] for i in self.frozen}
+        names |= {id(self.frozen[i]): names[i] for i in self.frozen}
+        self.follower = Follower(names, record.calls)
 
     @property
     def index(self) -> int:

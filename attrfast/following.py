@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
-from attrfast.trace import Call, Numbering, state_names, written_to
+from attrfast.trace import Call, Numbering, written_to
 
 
 class PlanMismatchError(Exception):
@@ -22,16 +21,16 @@ class Follower:
     """Where a running model is in its record.
 
     Args:
-        model: whose parameters and buffers are no values.
+        names: id -> name of the model's parameters and buffers, which are no values.
         calls: the record.
 
     Attributes:
         numbering: values by the numbers that they have in the record.
     """
 
-    def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
+    def __init__(self, names: dict[int, str], calls: Sequence[Call]) -> None:
         self.calls = calls
-        self.numbering = Numbering(state_names(model))
+        self.numbering = Numbering(names)
         self.index = 0
 
     def meet(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -41,7 +40,7 @@ class Follower:
             PlanMismatchError: it makes another one.
         """
         call = self.calls[self.index] if self.index < len(self.calls) else None
-        inputs, state = self.numbering.inputs(args, kwargs), self.numbering.state(args, kwargs)
+        inputs, state = self.numbering.given(args, kwargs)
         if call is None or (call.name, call.inputs, call.state) != (name, inputs, state):
             known = "no further call" if call is None else f"{call.name}{call.inputs} of {call.state}"
             raise PlanMismatchError(

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from attrfast import ops, winograd
 from attrfast.buffers import Buffers
-from attrfast.convolution import Geometry, each, input_gradient
+from attrfast.convolution import Geometry, each, input_gradient, left_behind, pointwise
 from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import Plan
 from attrfast.layouts import channels_lie_together, empty_laid, laid
@@ -27,7 +26,7 @@ from attrfast.reference import compute_dtype
 from attrfast.signatures import batch_norm_arguments, bound_arguments
 from attrfast.stages import INF, Stage, pool_geometry
 from attrfast.taps import Tap, folded_batch_norm
-from attrfast.trace import CallMode, is_silent
+from attrfast.trace import CallMode, State, is_silent
 
 Tensor = torch.Tensor
 
@@ -368,13 +367,14 @@ class PlanMode(CallMode):
     """Runs a forward pass by a plan.
 
     Args:
-        model: in eval mode.
+        state: of the model, in eval mode.
         plan: of a pass that made the same calls.
         columns: value -> columns of its channels, for every value that a tap of the plan names.
         matrix: what the taps add to, during the backward pass.
         anchor: what they hang on.
         guided: the guided rule at every ReLU.
-        folded: batch norms by the names of their statistics, folded on an earlier batch.
+        folded: batch norms by the ids of their statistics, folded on an earlier batch.
+        lowered: weights in the dtype of autocast, by id, from an earlier batch.
         buffers: memory for large tensors, on a CPU.
 
     Raises:
@@ -383,12 +383,13 @@ class PlanMode(CallMode):
 
     def __init__(
         self,
-        model: nn.Module,
+        state: State,
         plan: Plan,
         columns: dict[int, Columns],
         matrix: ScoreMatrix,
         anchor: Tensor,
         folded: dict[int, tuple[Tensor, Tensor]],
+        lowered: dict[tuple[int, torch.dtype], Tensor],
         *,
         guided: bool,
         buffers: Buffers | None = None,
@@ -396,9 +397,9 @@ class PlanMode(CallMode):
         super().__init__()
         self.buffers = buffers
         self.plan, self.columns, self.matrix, self.anchor = plan, columns, matrix, anchor
-        self.folded, self.guided = folded, guided
-        self.frozen = {id(p): p.detach() for p in model.parameters()}
-        self.follower = Follower(model, plan.calls)
+        self.folded, self.lowered, self.guided = folded, lowered, guided
+        self.frozen = state.frozen
+        self.follower = Follower(state.names, plan.calls)
         self.numbering = self.follower.numbering
         self.running: dict[int, _Run] = {}  # stages under way, by the value they have reached
         self.counted: Counted | None = None  # for the call that comes next
@@ -553,7 +554,7 @@ class PlanMode(CallMode):
         weight = self.frozen.get(id(weight), weight)
         bias = self.frozen.get(id(bias), bias)
         x = self._into(index, x)
-
+        weight = self._lowered(weight)
         geometry = Geometry(
             each(stride, spatial),
             [0] * spatial if isinstance(padding, str) else each(padding, spatial),
@@ -577,6 +578,8 @@ class PlanMode(CallMode):
                     return winograd.convolve(
                         part, weight, geometry.padding, shift=bias, buffers=self.buffers
                     )
+                if left_behind(part, weight, geometry) and not isinstance(padding, str):
+                    return pointwise(part, weight, bias)
                 z: Tensor = func(part, weight, bias, stride, padding, dilation, groups)
                 return z
 
@@ -591,6 +594,17 @@ class PlanMode(CallMode):
             z = z.new_empty(()).expand(len(x), *z.shape[1:])
         run.weight = weight.to(z.dtype)
         run.x, run.z = x, z
+
+    def _lowered(self, weight: Tensor) -> Tensor:
+        """A weight in the dtype of autocast, which would make it anew in every call."""
+        kind = weight.device.type
+        if not torch.is_autocast_enabled(kind) or weight.dtype != torch.float32:
+            return weight
+        dtype = torch.get_autocast_dtype(kind)
+        found = self.lowered.get((id(weight), dtype))
+        if found is None:
+            found = self.lowered[id(weight), dtype] = weight.to(dtype)
+        return found
 
     def _start(self, run: _Run, index: int, x: Tensor) -> None:
         """Begins a stage that has no convolution."""

@@ -22,7 +22,16 @@ from attrfast.following import Follower
 from attrfast.labels import NONE
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.stages import call_ceiling
-from attrfast.trace import CONVOLUTIONS, Call, CallMode, Param, Trace, argument, is_silent
+from attrfast.trace import (
+    CONVOLUTIONS,
+    Call,
+    CallMode,
+    Param,
+    Trace,
+    argument,
+    is_silent,
+    state_names,
+)
 from attrfast.units import Units, reader_weights
 
 # Maps (N, C, positions...) -> one number a map, (N, C) floating.
@@ -160,7 +169,7 @@ class MapMode(CallMode):
     ) -> None:
         super().__init__()
         self.places, self.statistics, self.samples, self.source = places, statistics, samples, source
-        self.follower = Follower(model, places.calls)
+        self.follower = Follower(state_names(model), places.calls)
         device = places.count.device
         self.sums = [ScoreMatrix(len(places.count), samples, device=device) for _ in statistics]
 

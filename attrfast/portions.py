@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _TEXT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]+|%)\s*", re.IGNORECASE)
 
-_PARTS = 4  # at most, of a batch that is parted for comfort
 _CAUTION = 0.75  # of the limit is made use of
 _FIRST = 0.5  # of what the plan allows, as long as nothing has been measured
 _GROWTH = 2.0  # at most, from one portion to the next
@@ -49,7 +48,7 @@ class Portions:
     """Cuts batches so that memory holds what is made of each part.
 
     With a limit, the first portion is what the plan allows, and later ones follow what was measured. Without
-    one, batches run whole, or in a few parts where that costs next to no time; until memory is full. Then, and
+    one, batches run whole, or in halves where they are large; until memory is full. Then, and
     with a limit, what did not fit runs again in halves.
 
     Args:
@@ -57,8 +56,7 @@ class Portions:
         most: samples at once, whatever memory holds; None: no bound.
         limit: what may be taken; None: all there is.
         planned: bytes a sample takes, roughly.
-        comfort: bytes that a part of a batch may take by the plan, as long as there are at most four parts;
-            None: batches stay whole.
+        comfort: bytes above which, by the plan, a batch runs in halves; None: batches stay whole.
         release: gives back memory that is kept between portions.
         shrink: lets a sample take less, where one is too much; False where that is not possible.
     """
@@ -76,7 +74,9 @@ class Portions:
     ) -> None:
         self._device, self._most, self._limit = device, most, limit
         self._release, self._shrink = release, shrink
-        self._parts_per_sample = 0.0 if comfort is None or limit is not None else planned / comfort
+        self._comfortable = math.inf  # samples
+        if comfort is not None and limit is None and planned > 0:
+            self._comfortable = comfort / planned
         self._size = most
         self._warned = self._measured = False
         self._seen, self._highest = 0, 0.0
@@ -92,8 +92,7 @@ class Portions:
         Raises:
             OutOfMemoryError: memory does not hold one sample.
         """
-        parts = min(_PARTS, math.ceil(batch.samples * self._parts_per_sample))
-        rest = _parted(batch, max(1, parts))
+        rest = _parted(batch, 2 if batch.samples > max(1, self._comfortable) else 1)
         while rest:
             part = rest.pop(0)
             if self._size is not None and part.samples > self._size:

@@ -21,7 +21,7 @@ from attrfast import random_state
 from attrfast.following import Follower, PlanMismatchError
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.taps import TapMode
-from attrfast.trace import Trace, is_silent, shown
+from attrfast.trace import Trace, is_silent, shown, state_names
 
 _grad = shown(torch.autograd.grad)
 
@@ -103,7 +103,7 @@ class _SegmentMode(TapMode):
         guided: bool,
     ) -> None:
         super().__init__(model, readers, matrix, anchor, guided=guided)
-        self._follower = Follower(model, record.calls)
+        self._follower = Follower(state_names(model), record.calls)
         self._start, self._stop = start, stop
         self.leaves: dict[int, torch.Tensor] = {}
         self.made: dict[int, torch.Tensor] = {}

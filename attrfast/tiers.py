@@ -25,7 +25,7 @@ from attrfast.map_statistics import Counted, Source
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.segments import Boundary, boundaries, in_segments, spread
 from attrfast.taps import TapMode
-from attrfast.trace import shown
+from attrfast.trace import State, shown
 from attrfast.units import reader_weights
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,9 @@ class Runner:
         self.columns = {
             name: Columns(row, count, self.device) for name, row in found.units.inputs.items()
         }
-        state = {name: p for p, name in _state(model)}
-        self.readers = {id(state[w]): self.columns[name] for w, name in self.weights.items()}
+        self.state = State(model)
+        named = {name: tensor for tensor, name in self.state.tensors}
+        self.readers = {id(named[w]): self.columns[name] for w, name in self.weights.items()}
         self.record, self.segments = found.record, 1
         self._places: list[Boundary] | None = None
         self.plan: Plan | None = None
@@ -74,6 +75,7 @@ class Runner:
         self.values: dict[int, Columns] = {}
         self.buffers = Buffers() if self.device.type == "cpu" else None
         self.folded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.lowered: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         if self.plan is not None:
             taps = {*self.plan.through, *self.plan.branch, *(v for _, v in self.plan.into.values())}
             self.values = {
@@ -200,12 +202,13 @@ class Runner:
             mode = TapMode(self.model, self.readers, matrix, anchor, guided=self.guided)
         else:
             mode = PlanMode(
-                self.model,
+                self.state,
                 plan,
                 self.values,
                 matrix,
                 anchor,
                 self.folded,
+                self.lowered,
                 guided=self.guided,
                 buffers=self.buffers,
             )
@@ -240,7 +243,3 @@ def _backward(
         with mode:
             _grad(total, anchor, allow_unused=True, retain_graph=bool(totals))
         yield matrix.take().div_(scale)
-
-
-def _state(model: nn.Module) -> list[tuple[torch.Tensor, str]]:
-    return [(t, name) for name, t in (*model.named_parameters(), *model.named_buffers())]

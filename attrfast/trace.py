@@ -8,6 +8,7 @@ Knows nothing about channels, units or importance.
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 import weakref
 from abc import abstractmethod
@@ -107,6 +108,7 @@ class ValueTable:
         self._by_id[id(tensor)] = (weakref.ref(tensor), value)
 
 
+@functools.lru_cache(maxsize=1024)  # a pass makes the same few calls again and again
 def call_name(func: Callable[..., Any]) -> str:
     """The plain name of a torch function: `relu` for `relu_`, `add` for `__iadd__`."""
     name = getattr(func, "__name__", type(func).__name__)
@@ -156,16 +158,28 @@ def is_inplace(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
     """Every tensor in nested tuples, lists, dicts and output objects (anything with `__dict__`-like items)."""
+    found: list[torch.Tensor] = []
+    _collect(tree, found)
+    return iter(found)
+
+
+def _collect(tree: Any, found: list[torch.Tensor]) -> None:
+    # Every call of a pass comes through here; recursive generators took three times as long.
     if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors_in(item)
+        found.append(tree)
     elif isinstance(tree, (list, tuple)):
         for item in tree:
-            yield from tensors_in(item)
+            if type(item) not in _LEAVES:
+                _collect(item, found)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            if type(item) not in _LEAVES:
+                _collect(item, found)
     elif hasattr(tree, "__dataclass_fields__"):
-        yield from tensors_in(vars(tree))
+        _collect(vars(tree), found)
+
+
+_LEAVES = frozenset({int, float, bool, str, type(None)})
 
 
 class Numbering:
@@ -198,13 +212,15 @@ class Numbering:
         """A parameter or buffer that no call has overwritten."""
         return id(tensor) in self.names and self.values.get(tensor) is None
 
-    def inputs(self, *trees: Any) -> tuple[int, ...]:
-        """Numbers of the values that a call is given, in order."""
-        return tuple(self.number(t) for t in tensors_in(trees) if not self.is_state(t))
-
-    def state(self, *trees: Any) -> tuple[str, ...]:
-        """Names of the parameters and buffers that a call is given, in order."""
-        return tuple(self.names[id(t)] for t in tensors_in(trees) if self.is_state(t))
+    def given(self, *trees: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Numbers of the values, and names of the parameters and buffers, that a call is given, in order."""
+        inputs, state = [], []
+        for tensor in tensors_in(trees):
+            if self.is_state(tensor):
+                state.append(self.names[id(tensor)])
+            else:
+                inputs.append(self.number(tensor))
+        return tuple(inputs), tuple(state)
 
     def made(self, out: Any, target: Any) -> list[torch.Tensor]:
         """The tensors that a call made: its results, and what it wrote into."""
@@ -273,7 +289,7 @@ class _Recorder(CallMode):
         if is_silent(name):
             return func(*args, **kwargs)
         numbering, trace = self.numbering, self.trace
-        inputs, state = numbering.inputs(args, kwargs), numbering.state(args, kwargs)
+        inputs, state = numbering.given(args, kwargs)
         for tensor in tensors_in((args, kwargs)):
             trace.note(tensor, numbering)
         coded_args, coded_kwargs = self.encode(tuple(args)), self.encode(kwargs)
@@ -320,6 +336,21 @@ def state_names(model: nn.Module) -> dict[int, str]:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         names.setdefault(id(tensor), name)
     return names
+
+
+class State:
+    """A model's parameters and buffers, looked up once for all passes.
+
+    Attributes:
+        tensors: each with its name. Held here, so that their ids stay theirs.
+        names: see `state_names`.
+        frozen: id of a parameter -> an alias of it that wants no gradient.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors = [(t, name) for name, t in (*model.named_parameters(), *model.named_buffers())]
+        self.names = state_names(model)
+        self.frozen = {id(p): p.detach() for p in model.parameters()}
 
 
 @contextlib.contextmanager

@@ -191,9 +191,9 @@ def test_portions_grow_to_the_limit_and_stay_there(
 
 @pytest.mark.parametrize(
     ("samples", "expected"),
-    [(1, [1]), (10, [10]), (11, [6, 5]), (35, [9, 9, 9, 8]), (400, [100] * 4)],
+    [(1, [1]), (10, [10]), (11, [6, 5]), (35, [18, 17]), (400, [200] * 2)],
 )
-def test_a_large_batch_is_parted_into_four_at_most(samples: int, expected: list[int]) -> None:
+def test_a_large_batch_runs_in_halves(samples: int, expected: list[int]) -> None:
     seen: list[int] = []
     portions = Portions(CPU, planned=10.0, comfort=100.0)
     portions.run(batch_of(samples), lambda part: seen.append(part.samples))
