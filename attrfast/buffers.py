@@ -92,9 +92,9 @@ def _calm_allocator() -> None:
     """Lets glibc keep the pages of what a pass makes elsewhere, as the library's convolutions do.
 
     Once a block of up to 32 MB that had pages of its own is freed, blocks of that size come from the heap, and
-    the heap keeps twice as much free memory at its end instead of giving it back (mallopt(3), M_MMAP_THRESHOLD).
-    Nothing is written to this one, so it takes no memory. Passes over ResNet-50 and DenseNet-121 had 20,000 to
-    50,000 page faults a batch without it, and mostly none with it.
+    the heap keeps twice as much free memory at its end instead of giving it back (mallopt(3),
+    M_MMAP_THRESHOLD). Nothing is written to this one, so it takes no memory. Passes over ResNet-50 and
+    DenseNet-121 had 20,000 to 50,000 page faults a batch without it, and mostly none with it.
     """
     torch.empty(_LARGEST, dtype=torch.uint8)
 

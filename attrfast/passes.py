@@ -394,10 +394,10 @@ class Pass:
 
 
 def _comfort(model: nn.Module) -> float:
-    """Bytes of activations above which a batch runs in halves on a CPU, for little time and half the memory.
+    """Bytes of activations above which a batch runs in halves on a CPU: half the memory for little time.
 
-    Every part has every call made and every weight laid out anew: quarters took DenseNet-121 1.3 to 1.5 times as long
-    as halves.
+    Every part has every call made and every weight laid out anew: quarters took DenseNet-121 1.3 to 1.5 times
+    as long as halves.
     """
     return max(64e6, 0.6 * sum(p.nbytes for p in model.parameters()))
 
