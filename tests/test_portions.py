@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -203,6 +204,27 @@ def test_a_large_batch_runs_in_halves(samples: int, expected: list[int]) -> None
     portions.run(batch_of(samples), lambda part: seen.append(part.samples))
     assert sum(seen) == samples
     assert max(seen) <= 7
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_a_sample_is_made_to_take_less_as_long_as_that_helps(
+    monkeypatch: pytest.MonkeyPatch, helps: bool
+) -> None:
+    memory, shrinks = _Memory(monkeypatch, fixed=8000), list[int]()
+
+    def shrink() -> bool:
+        shrinks.append(memory.fixed)
+        if helps:
+            memory.fixed //= 2
+        return True
+
+    portions = Portions(CPU, limit=Limit(1000, 100), planned=10.0, shrink=shrink)
+    with pytest.warns(UserWarning, match="more than memory_limit") if not helps else nullcontext():
+        for _ in range(3):
+            portions.run(batch_of(40), memory.work)
+    assert sum(memory.seen) == 120
+    assert shrinks == ([8000, 4000, 2000, 1000] if helps else [8000])
+    assert (memory.peak - 100 <= 1000) is helps
 
 
 @pytest.mark.parametrize("holes", [300, 1000, 4000])
