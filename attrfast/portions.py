@@ -25,7 +25,8 @@ _TEXT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]+|%)\s*", re.IGNORECASE)
 _CAUTION = 0.75  # of the limit is made use of
 _FIRST = 0.5  # of what the plan allows, as long as nothing has been measured
 _GROWTH = 2.0  # at most, from one portion to the next
-_HELPS = 0.9  # of what a sample took before, at most, or it is not made to take less once more
+_HELPS = 0.9  # of what a sample took before, at most, or what was done to make it take less was in vain
+_PATIENCE = 2  # times in a row that it is in vain before it is left at that
 _WORTH = 1.5  # a portion grows by this much or not at all: with every size, heaps get more holes
 _SETTLED = (
     4  # portions of a size are measured before it grows: the first fill holes that were there before
@@ -81,7 +82,7 @@ class Portions:
         self._size = most
         self._warned = self._measured = False
         self._seen, self._highest = 0, 0.0
-        self._single = math.inf  # bytes that one sample took
+        self._single, self._vain = math.inf, 0  # bytes that one sample took
         if limit is not None and planned > 0:
             self._resize(_FIRST * limit.bytes / planned)
 
@@ -135,8 +136,9 @@ class Portions:
         if took > limit and samples == 1:
             # Each time costs forward passes, and what is no activation does not shrink.
             helps = took < _HELPS * self._single
-            self._single = took if helps else 0
-            if not (helps and self._shrink()) and not self._warned:
+            self._vain = 0 if helps else self._vain + 1
+            self._single = took if helps else self._single
+            if not (self._vain <= _PATIENCE and self._shrink()) and not self._warned:
                 self._warned = True
                 warnings.warn(
                     f"one sample takes {took / 1e6:,.0f} MB, more than memory_limit ({limit / 1e6:,.0f} MB)",

@@ -223,7 +223,7 @@ def test_a_sample_is_made_to_take_less_as_long_as_that_helps(
         for _ in range(3):
             portions.run(batch_of(40), memory.work)
     assert sum(memory.seen) == 120
-    assert shrinks == ([8000, 4000, 2000, 1000] if helps else [8000])
+    assert shrinks == ([8000, 4000, 2000, 1000] if helps else [8000] * 3)
     assert (memory.peak - 100 <= 1000) is helps
 
 
