@@ -180,7 +180,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     text = str(error)
     return isinstance(error, RuntimeError) and any(
-        said in text for said in ("can't allocate memory", "not enough memory", "out of memory")
+        said in text
+        for said in (
+            "can't allocate memory",
+            "not enough memory",
+            "out of memory",
+            "could not create a primitive",  # oneDNN, of a convolution that a smaller batch may run
+        )
     )
 
 

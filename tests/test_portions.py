@@ -106,6 +106,7 @@ def test_other_errors_are_not_taken_for_a_full_memory() -> None:
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
     assert not is_out_of_memory(OSError(2, "No such file"))
     assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
 
 
 def test_pruning_goes_on_in_halves() -> None:
