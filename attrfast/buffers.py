@@ -16,9 +16,7 @@ from dataclasses import dataclass
 import torch
 
 _HUGE = 2 << 20  # bytes of a huge page
-_LARGEST = (32 << 20) - (
-    64 << 10
-)  # bytes: the largest block by which glibc adapts, less its own headers
+_LARGEST = (32 << 20) - (64 << 10)  # bytes: what glibc adapts to at most, less its headers
 _SPARE = 2  # a block may be so many times as large as what it is handed out for
 
 

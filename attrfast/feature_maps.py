@@ -25,7 +25,7 @@ from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import is_reader
 from attrfast.map_statistics import channels_in
 from attrfast.matrix import RowsError
-from attrfast.trace import Call, CallMode, Trace, is_silent, state_names, trace
+from attrfast.trace import Call, CallMode, State, Trace, is_silent, trace
 from attrfast.units import reader_weights
 
 # Besides pooling: calls that choose, move or average positions and leave every channel by itself.
@@ -259,12 +259,12 @@ class _MapMode(CallMode):
     ) -> None:
         super().__init__()
         self.places, self.visit, self.end = places, visit, end
-        self.frozen = {id(p): p.detach() for p in model.parameters()}
+        state = State(model)
+        self.frozen = state.frozen
         self.foreign: list[torch.Tensor] = []  # kept, so that their ids stay theirs
-        names = state_names(model)
         # A call that gives back a parameter gives back its alias.
-        names |= {id(self.frozen[i]): names[i] for i in self.frozen}
-        self.follower = Follower(names, record.calls)
+        aliases = {id(alias): state.names[i] for i, alias in state.frozen.items()}
+        self.follower = Follower(state.names | aliases, record.calls)
 
     @property
     def index(self) -> int:

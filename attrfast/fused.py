@@ -578,7 +578,7 @@ class PlanMode(CallMode):
                     return winograd.convolve(
                         part, weight, geometry.padding, shift=bias, buffers=self.buffers
                     )
-                if left_behind(part, weight, geometry) and not isinstance(padding, str):
+                if left_behind(part, weight, geometry):
                     return pointwise(part, weight, bias)
                 z: Tensor = func(part, weight, bias, stride, padding, dilation, groups)
                 return z

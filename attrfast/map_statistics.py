@@ -22,16 +22,7 @@ from attrfast.following import Follower
 from attrfast.labels import NONE
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.stages import call_ceiling
-from attrfast.trace import (
-    CONVOLUTIONS,
-    Call,
-    CallMode,
-    Param,
-    Trace,
-    argument,
-    is_silent,
-    state_names,
-)
+from attrfast.trace import CONVOLUTIONS, Call, CallMode, Param, Trace, argument, is_silent
 from attrfast.units import Units, reader_weights
 
 # Maps (N, C, positions...) -> one number a map, (N, C) floating.
@@ -149,7 +140,7 @@ class MapMode(CallMode):
     """Measures maps during a forward pass, each while it is at hand. Other modes may run below.
 
     Args:
-        model: whose calls are followed.
+        names: id -> name of the parameters and buffers of the model whose calls are followed.
         places: where its maps are.
         statistics: what is measured of each map.
         samples: N.
@@ -161,7 +152,7 @@ class MapMode(CallMode):
 
     def __init__(
         self,
-        model: nn.Module,
+        names: dict[int, str],
         places: Places,
         statistics: Sequence[Statistic],
         samples: int,
@@ -169,7 +160,7 @@ class MapMode(CallMode):
     ) -> None:
         super().__init__()
         self.places, self.statistics, self.samples, self.source = places, statistics, samples, source
-        self.follower = Follower(state_names(model), places.calls)
+        self.follower = Follower(names, places.calls)
         device = places.count.device
         self.sums = [ScoreMatrix(len(places.count), samples, device=device) for _ in statistics]
 

@@ -270,7 +270,7 @@ class Pass:
 
         def watch(source: Source) -> MapMode:
             statistics = [statistic for _, statistic in run.maps]
-            maps[:] = [MapMode(self.model, self.places, statistics, batch.samples, source)]
+            maps[:] = [MapMode(run.runner.state.names, self.places, statistics, batch.samples, source)]
             return maps[0]
 
         # Small gradients vanish in fp16; S is divided by the same power of two, so nothing else changes.

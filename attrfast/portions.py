@@ -135,9 +135,10 @@ class Portions:
         took = max(1, _peak(self._device) - self._limit.base)
         if took > limit and samples == 1:
             # Each time costs forward passes, and what is no activation does not shrink.
-            helps = took < _HELPS * self._single
-            self._vain = 0 if helps else self._vain + 1
-            self._single = took if helps else self._single
+            if took < _HELPS * self._single:
+                self._single, self._vain = took, 0
+            else:
+                self._vain += 1
             if not (self._vain <= _PATIENCE and self._shrink()) and not self._warned:
                 self._warned = True
                 warnings.warn(

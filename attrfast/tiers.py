@@ -65,8 +65,8 @@ class Runner:
             name: Columns(row, count, self.device) for name, row in found.units.inputs.items()
         }
         self.state = State(model)
-        named = {name: tensor for tensor, name in self.state.tensors}
-        self.readers = {id(named[w]): self.columns[name] for w, name in self.weights.items()}
+        tensors = self.state.tensors
+        self.readers = {id(tensors[w]): self.columns[name] for w, name in self.weights.items()}
         self.record, self.segments = found.record, 1
         self._places: list[Boundary] | None = None
         self.plan: Plan | None = None

@@ -342,13 +342,13 @@ class State:
     """A model's parameters and buffers, looked up once for all passes.
 
     Attributes:
-        tensors: each with its name. Held here, so that their ids stay theirs.
+        tensors: by their names. Held here, so that their ids stay theirs.
         names: see `state_names`.
         frozen: id of a parameter -> an alias of it that wants no gradient.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.tensors = [(t, name) for name, t in (*model.named_parameters(), *model.named_buffers())]
+        self.tensors = dict([*model.named_parameters(), *model.named_buffers()])
         self.names = state_names(model)
         self.frozen = {id(p): p.detach() for p in model.parameters()}
 

@@ -26,7 +26,6 @@ from attrfast.measure import measure
 from attrfast.surgery import cut
 from attrfast.units import Units
 from benchmarks import machine, networks
-from benchmarks.priority import first_in_line
 from benchmarks.training import train
 
 TARGET, SPEEDUP, ERROR = "0.5x", 1.8, 0.10
@@ -74,7 +73,7 @@ def predictions(case: str, folder: str | None = None) -> dict[str, Any]:
     torch.set_num_threads(machine.THREADS)
     model, batches = networks.load(name, "contiguous", 1, samples=samples)
     images = batches[0][0]
-    with first_in_line(), tempfile.TemporaryDirectory() as fresh:
+    with tempfile.TemporaryDirectory() as fresh:
         gauge = Gauge(model, unpack((images, None), _CPU), _CPU, folder=folder or fresh, progress=False)
         units = discover(model, (images,)).units
         rows = []
@@ -101,7 +100,7 @@ def reached(case: str) -> dict[str, Any]:
         "finetune": 0,
         "progress": False,
     }
-    with first_in_line(), tempfile.TemporaryDirectory() as fresh:
+    with tempfile.TemporaryDirectory() as fresh:
         timed = attrfast.prune(
             model, batches, max_latency=TARGET, latency_input=images, latency_cache=fresh, **options
         )
@@ -144,8 +143,7 @@ def accuracy(name: str, seed: int, *, images: int = 4000, epochs: int = 8) -> di
     }
     rows = []
     with tempfile.TemporaryDirectory() as fresh:
-        with first_in_line():
-            Gauge(model, unpack((example, None), _CPU), _CPU, folder=fresh, progress=False)
+        Gauge(model, unpack((example, None), _CPU), _CPU, folder=fresh, progress=False)
         for weight in WEIGHTS:
             timed = attrfast.prune(
                 model,
@@ -160,8 +158,7 @@ def accuracy(name: str, seed: int, *, images: int = 4000, epochs: int = 8) -> di
             counted = attrfast.prune(model, splits.train, max_macs=share, **options)
             row: dict[str, Any] = {"weight": weight, "macs": share}
             for way, result in (("max_latency", timed), ("max_macs", counted)):
-                with first_in_line():
-                    row[f"{way} faster"] = _faster(model, result.model, example)["faster"]
+                row[f"{way} faster"] = _faster(model, result.model, example)["faster"]
                 row[f"{way} top1"] = evaluate(result.model, tested, device=_CPU).top1
             rows.append(row)
     before = evaluate(model, tested, device=_CPU).top1
