@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from attrfast import ops, winograd
+from attrfast import ops, turning, winograd
 from attrfast.buffers import Buffers
 from attrfast.convolution import Geometry, each, input_gradient, left_behind, pointwise
 from attrfast.following import Follower, PlanMismatchError
@@ -26,7 +26,7 @@ from attrfast.reference import compute_dtype
 from attrfast.signatures import batch_norm_arguments, bound_arguments
 from attrfast.stages import INF, Stage, pool_geometry
 from attrfast.taps import Tap, folded_batch_norm
-from attrfast.trace import CallMode, State, is_silent
+from attrfast.trace import Call, CallMode, State, is_silent
 
 Tensor = torch.Tensor
 
@@ -46,6 +46,7 @@ class _Run:
         x: what the stage reads first.
         z: the memory that it works on: the convolution's output, or x itself.
         own: makes the stage's output in one launch, given what `affine_relu` takes after z.
+        turned: whether it works channels-last where the model would lay things contiguously.
         measure: of the flow through its output (1), or through its own branch of the addition (2).
     """
 
@@ -71,6 +72,7 @@ class _Run:
         self.counts: list[Tensor] = []  # of each part, (N, C)
         self.own: Callable[..., Tensor] | None = None
         self.memory: Buffers | None = None
+        self.turned = False
 
     @property
     def clamps(self) -> bool:
@@ -403,6 +405,7 @@ class PlanMode(CallMode):
         self.numbering = self.follower.numbering
         self.running: dict[int, _Run] = {}  # stages under way, by the value they have reached
         self.counted: Counted | None = None  # for the call that comes next
+        self.turned: set[int] = set()  # values that lie channels-last where the model would not
 
     def meet(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -423,6 +426,8 @@ class PlanMode(CallMode):
                 **{key: self._read(call.index, value) for key, value in kwargs.items()},
             )
         made = self.follower.leave(call, out, args, kwargs)
+        if stage is None and not self.turned.isdisjoint(call.inputs):
+            out, made = self._passed_on(call, out, made)
         if stage is None and len(made) == 1 and call.outputs[0] in self.plan.through:
             value = call.outputs[0]
             if out is not made[0] or not out.is_floating_point():
@@ -461,6 +466,33 @@ class PlanMode(CallMode):
         # A stage that goes on after its ReLU has a pooling, and so no addition.
         made = [relu(part, scale, shift, None, run.lower, run.upper)[0] for part in parts]
         return made[0] if len(made) == 1 else torch.cat(made)
+
+    # -- values that lie another way -------------------------------------------------------------------
+
+    def _turn(self, run: _Run, value: int | None, x: Tensor, weight: Tensor) -> Tensor:
+        """The input of a convolution, channels-last where that is faster and nobody sees it."""
+        run.turned = value in self.turned
+        if (
+            run.turned
+            or run.stage.output not in self.plan.free
+            or not turning.pays(x)
+            or not weight.is_contiguous()
+        ):
+            return x
+        run.turned = True
+        return turning.turned(x)
+
+    def _passed_on(self, call: Call, out: Any, made: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        """What a call outside stages has made of values that lie another way than the model would lay them."""
+        if len(made) == 1 and made[0].dim() == 4 and channels_lie_together(made[0]):
+            (value,) = call.outputs
+            if value in self.plan.free:
+                self.turned.add(value)
+            else:
+                out = made[0].contiguous()
+                self.numbering.values.put(out, value)
+                made = [out]
+        return out, made
 
     # -- calls outside stages ------------------------------------------------------------------------
 
@@ -553,7 +585,8 @@ class PlanMode(CallMode):
         spatial = int(name[-2])
         weight = self.frozen.get(id(weight), weight)
         bias = self.frozen.get(id(bias), bias)
-        x = self._into(index, x)
+        value = self.numbering.values.get(x)
+        x = self._turn(run, value, self._into(index, x), weight)
         weight = self._lowered(weight)
         geometry = Geometry(
             each(stride, spatial),
@@ -608,6 +641,7 @@ class PlanMode(CallMode):
 
     def _start(self, run: _Run, index: int, x: Tensor) -> None:
         """Begins a stage that has no convolution."""
+        run.turned = self.numbering.values.get(x) in self.turned
         run.x = self._into(index, x)
         run.z = x.data
 
@@ -644,4 +678,8 @@ class PlanMode(CallMode):
         if run.counted is not None:
             run.counted(torch.cat(run.counts), positions)
         run.counts.clear()
+        if run.turned and value in self.plan.free:
+            self.turned.add(value)
+        elif run.turned:
+            out = out.contiguous()
         return out

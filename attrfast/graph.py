@@ -28,6 +28,7 @@ from attrfast.stages import (
     uses_of,
 )
 from attrfast.trace import CONVOLUTIONS, Call, Param, Ref, Trace, argument
+from attrfast.turning import free_to_turn
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Plan:
         channels: value -> (dimension, unit of each channel).
         shapes: of every value, in the recorded pass.
         fresh: values whose gradient may be overwritten.
+        free: values that may lie channels-last, whatever the model does.
     """
 
     calls: list[Call]
@@ -100,6 +102,7 @@ class Plan:
     channels: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
     shapes: list[torch.Size] = field(default_factory=list)
     fresh: frozenset[int] = frozenset()
+    free: frozenset[int] = frozenset()
 
 
 def make_plan(found: Discovery, weights: dict[str, str], *, guided: bool) -> Plan | None:
@@ -133,6 +136,7 @@ def make_plan(found: Discovery, weights: dict[str, str], *, guided: bool) -> Pla
     plan.fresh = frozenset(
         stage.output for stage in stages if has_fresh_gradient(stage.output, record, uses, by_call)
     )
+    plan.free = free_to_turn(record, uses, by_call)
     return plan
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attrfast import fused as tier
-from attrfast import ops
+from attrfast import ops, winograd
 from attrfast.batches import main_output
 from attrfast.channels import Discovery, discover
 from attrfast.following import PlanMismatchError
@@ -248,8 +248,9 @@ def test_no_gradient_of_a_weight_is_computed(name: str, fused: bool) -> None:
     assert all(mask == [True, False, False] for mask in seen.masks)
 
 
-def test_the_images_gradient_is_never_computed() -> None:
+def test_the_images_gradient_is_never_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward ends at the first layer's filters, so it meets one convolution less than forward."""
+    monkeypatch.setattr(winograd, "ENABLED", False)  # so that all of them are PyTorch's
     model, images = family("vgg11_bn"), images_for("vgg11_bn", 2)
     found = discover(model, (images,))
     seen = _Seen()
