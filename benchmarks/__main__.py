@@ -175,7 +175,7 @@ def latency(
         "vgg_small",
         "resnet20",
     ],
-    seeds: Annotated[int, typer.Option(min=1, help="Trained networks of each.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Trained networks of each.")] = 3,
 ) -> None:
     """Pruning to a measured latency: its prediction, what is reached, and the accuracy."""
     results = report.read("latency.json")

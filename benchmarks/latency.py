@@ -2,7 +2,7 @@
 
 Random weights and images are enough for the first two. For the third, small networks are
 trained on a part of Fashion-MNIST and pruned to a latency, and beside it to the multiply-adds that were
-left then, by the same criterion, steps and fine-tuning.
+left then, by the same criterion and with as many epochs of fine-tuning in all.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from attrfast import data, models
 from attrfast.batches import unpack
 from attrfast.channels import discover
 from attrfast.evaluate import evaluate
+from attrfast.finetune import fine_tune
 from attrfast.latency import Gauge
 from attrfast.measure import measure
 from attrfast.surgery import cut
@@ -31,6 +32,7 @@ from benchmarks.training import train
 TARGET, SPEEDUP, ERROR = "0.5x", 1.8, 0.10
 SMALL_TARGET = "0.55x"  # of the small networks, whose narrow layers can't lose half of their time
 WEIGHTS = (0.0, 1.0)
+EPOCHS = 14  # of fine-tuning: one after every step, the others at the end
 CASES = {
     "ResNet-18, 1×3×224×224": ("resnet18", 1),
     "ResNet-18, 16×3×224×224": ("resnet18", 16),
@@ -38,6 +40,7 @@ CASES = {
     "VGG-16-BN, 64×3×32×32": ("vgg16_bn", 64),
 }
 _CPU = torch.device("cpu")
+_RATE = 0.01  # of learning, in fine-tuning
 
 
 def _mixtures() -> dict[str, Callable[[], float]]:
@@ -136,8 +139,7 @@ def accuracy(name: str, seed: int, *, images: int = 4000, epochs: int = 8) -> di
         "criterion": "attribution",
         "max_batches": 10,
         "val_loader": tested[:1],
-        "finetune": attrfast.FineTune(epochs=1, lr=0.01),
-        "final_finetune": attrfast.FineTune(epochs=2, lr=0.01),
+        "finetune": attrfast.FineTune(epochs=1, lr=_RATE),
         "progress": False,
         "seed": seed,
     }
@@ -158,6 +160,12 @@ def accuracy(name: str, seed: int, *, images: int = 4000, epochs: int = 8) -> di
             counted = attrfast.prune(model, splits.train, max_macs=share, **options)
             row: dict[str, Any] = {"weight": weight, "macs": share}
             for way, result in (("max_latency", timed), ("max_macs", counted)):
+                steps = len(result.history) - 1
+                if steps > EPOCHS:
+                    raise RuntimeError(f"{steps} steps leave nothing of {EPOCHS} epochs")
+                rest = attrfast.FineTune(epochs=EPOCHS - steps, lr=_RATE)
+                fine_tune(result.model, splits.train, rest, step=steps, device=_CPU, seed=seed)
+                row[f"{way} steps"] = steps
                 row[f"{way} faster"] = _faster(model, result.model, example)["faster"]
                 row[f"{way} top1"] = evaluate(result.model, tested, device=_CPU).top1
             rows.append(row)
