@@ -93,8 +93,9 @@ def _accuracy(found: dict[str, Any]) -> Sheet:
             *("`max_latency`", "steps", "faster", "`max_macs`", "steps", "faster"),
         ],
         [
-            f"Fashion-MNIST, 4,000 training images, 10,000 test images; {EPOCHS} epochs of fine-tuning in each way: "
-            "one after every step, the others at the end. 32 images a pass, one thread. " + _differences(found),
+            f"Fashion-MNIST, 4,000 training images, 10,000 test images; {EPOCHS} epochs of fine-tuning in "
+            "each way: one after every step, the others at the end. 32 images a pass, one thread. "
+            + _differences(found),
             _about(found),
         ],
     )
