@@ -15,6 +15,7 @@ from torch import nn
 from attrfast.batches import Batch
 from attrfast.channels import discover
 from attrfast.distributed import Group
+from attrfast.latency.allocator import memory_is_kept
 from attrfast.latency.blocks import liked_block
 from attrfast.latency.law import Law
 from attrfast.latency.layers import timed_calls
@@ -91,7 +92,8 @@ class Gauge:
             table.read()
             if not keys.keys() <= table.layers.keys():
                 inputs = batch.args, batch.kwargs
-                table.add(sample(whole, found, self._calls, inputs, device, progress=progress))
+                with memory_is_kept(device):
+                    table.add(sample(whole, found, self._calls, inputs, device, progress=progress))
             return {**table.setting, "inputs": str(shapes)}, table.layers
 
         self.setting, layers = self._group.from_first("timing layers", known)
@@ -176,14 +178,15 @@ class Gauge:
         rounds = least if each is None else max(least, min(most, int(_SECONDS / (4 * each))))
         batch = self._batch
         example = batch.kwargs or batch.args
-        found = measure(
-            self._model,
-            model,
-            example,
-            batch_sizes=(batch.samples,),
-            rounds=rounds,
-            device=self._device,
-        ).rows[0]
+        with memory_is_kept(self._device):
+            found = measure(
+                self._model,
+                model,
+                example,
+                batch_sizes=(batch.samples,),
+                rounds=rounds,
+                device=self._device,
+            ).rows[0]
         return (
             statistics.median(found.original.seconds),
             statistics.median(found.pruned.seconds),
@@ -208,4 +211,5 @@ def _setting(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, 
         "torch": str(torch.__version__),
         "dtypes": ",".join(sorted({str(p.dtype) for p in (first, *model.parameters())})),
         "layout": "channels last" if images and last else "contiguous",
+        "memory": "kept" if device.type == "cpu" else "",
     }
