@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -19,7 +20,7 @@ MOST = 0.1  # and at most, at the confidence that is asked for
 HIGHEST = 0.999  # confidence: it takes 64,000 draws
 
 FIRST = 1024  # samples before the first look
-_GROWTH = 1.25  # of the samples, from look to look
+GROWTH = 1.25  # of the samples, from look to look
 _LOOKS = 32  # at most: up to 1024 * 1.25^31, a million samples
 _DRAWS = 1000  # at least
 _AT_ONCE = 1 << 20  # numbers of the draws that are held in memory together
@@ -27,6 +28,22 @@ _GROUPS = 64  # at most; at least half as many by the time of the first look
 _SMALLEST = 16  # samples in a group, at the start
 
 Importance = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class Spread(Protocol):
+    """What tells how samples differ.
+
+    Attributes:
+        samples: how many there are.
+    """
+
+    samples: int
+
+    def deviations(self) -> torch.Tensor:
+        """(G, U) float64 on the CPU: how far the sum of each group is from that of average samples.
+
+        The sum of their squares over the groups estimates the variance of the total (U,).
+        """
 
 
 class Groups:
@@ -58,19 +75,30 @@ class Groups:
         self._sums.index_add_(0, place // self._each, values.to(self._sums.dtype))
         self.samples += len(values)
 
-    def deviations(self) -> torch.Tensor:
-        """(G, U) float64 on the CPU: how far the sum of each group is from that of average samples.
-
-        The sum of their squares over the groups estimates the variance of the total (U,).
-        """
+    def sums(self, most: int = _GROUPS) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums (G, U) float64 and samples (G,) float64 of at most so many groups of neighbours, on the CPU."""
         whole, rest = divmod(self.samples, self._each)
         sums = self._sums[: whole + (rest > 0)].to("cpu", torch.float64)
-        count = torch.full((len(sums), 1), float(self._each), dtype=torch.float64)
+        count = torch.full((len(sums),), float(self._each), dtype=torch.float64)
         if rest:
             count[-1] = rest
-        mean = sums.sum(0) / self.samples
-        groups = len(sums)
-        return (sums - count * mean) * math.sqrt(groups / max(1, groups - 1))
+        united = torch.arange(len(sums)) // max(1, -(-len(sums) // most))
+        groups = int(united[-1]) + 1 if len(united) else 0
+        return (
+            sums.new_zeros(groups, sums.shape[1]).index_add_(0, united, sums),
+            count.new_zeros(groups).index_add_(0, united, count),
+        )
+
+    def deviations(self) -> torch.Tensor:
+        """See `Spread`."""
+        return deviations(*self.sums())
+
+
+def deviations(sums: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """What `Spread` asks for, of the sums (G, U) over groups of so many samples (G,)."""
+    groups = len(sums)
+    mean = sums.sum(0) / count.sum()
+    return (sums - count[:, None] * mean) * math.sqrt(groups / max(1, groups - 1))
 
 
 class Looks:
@@ -128,18 +156,18 @@ class Looks:
         self.settled = False
         self.undecided: torch.Tensor | None = None
 
-    def look(self, total: torch.Tensor, groups: Groups, part: float) -> None:
+    def look(self, total: torch.Tensor, groups: Spread, part: float) -> None:
         """Takes one look, where it is time for one.
 
         Args:
             total: (U,) the sum over the samples read.
-            groups: the sums over groups of them.
+            groups: how they differ.
             part: which part of all samples was read; 0 where nobody knows.
         """
         if groups.samples < self._next or self._left == 0:
             return
         while self._next <= groups.samples:
-            self._next *= _GROWTH
+            self._next *= GROWTH
         self._left -= 1
         total, deviations = total.to("cpu", torch.float64), groups.deviations()
         now = self._of(self._importance(total[None], groups.samples))[0]

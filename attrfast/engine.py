@@ -35,6 +35,7 @@ from attrfast.pooling import pool
 from attrfast.portions import parse_memory
 from attrfast.scores import NORMALIZATIONS, Scores, normalized
 from attrfast.stopping import Stop, check_stop, part_read
+from attrfast.stopping_together import StopTogether
 from attrfast.trace import ordinary_region, preserved
 from attrfast.units import Units
 
@@ -146,8 +147,8 @@ def attribute(
             found in (`attrfast.channels.discover`), no other is recorded.
         stop: None reads everything. `"confident"` reads until the lowest filters are settled: until the rest
             of the loader would exchange at most 2% of them on average, and at the `confidence` at most 10%.
-            The batches must come in random order. See `attrfast.confidence.Looks` for the test, and
-            `Scores.undecided`.
+            The batches must come in random order. Several processes end together. See
+            `attrfast.confidence.Looks` for the test, and `Scores.undecided`.
         confidence: of `stop="confident"`, above 0 and at most 0.999.
         lowest: of `stop="confident"`: how many filters will go; None: a sixteenth of all.
         distributed: where `torch.distributed` has a default group, score together with its other
@@ -196,11 +197,9 @@ def attribute(
     early: Stop | None = None
     found: Discovery | None = None
     with together(distributed) as group, preserved(model), ordinary_region(place):
-        if stop is not None and not group.alone:
-            raise InputError(
-                "stop='confident' decides by the samples of one process; leave it out where several score "
-                "together, or score in one (distributed=False)"
-            )
+        several = None
+        if stop is not None and measured and not group.alone:
+            several = StopTogether(group)
         model.eval()
         for read, batch in enumerate(
             _batches(loader, place, max_batches, progress and bool(measured) and group.first), start=1
@@ -230,8 +229,14 @@ def attribute(
             wanted = batch if classes is None else batch.of_classes(classes)
             if wanted is not None:
                 running.add(wanted)
-            if early is not None and early.after(batch, part_read(read, loader, max_batches)):
+            if early is None:
+                continue
+            part = part_read(read, loader, max_batches)
+            if early.after(batch, part) if several is None else several.after(early, batch, part):
                 break
+        else:
+            if several is not None:
+                several.finish(early)
         mark = ""
         if not group.alone:
             rules = [(rule, how.name) for rule, how in chosen]

@@ -44,7 +44,7 @@ from attrfast.scores import normalized
 from attrfast.seeding import seeded
 from attrfast.selection import for_the_worst_class
 from attrfast.shrinking import Shrinking, install
-from attrfast.stopping import can_stop, check_stop, is_long_and_shuffled
+from attrfast.stopping import are_long_and_shuffled, can_stop, check_stop
 from attrfast.targets import Asked, Targets
 from attrfast.trace import ordinary_region
 
@@ -242,8 +242,8 @@ def prune(
         now.check_reachable(targets)
         count = filters_per_step or max(1, math.ceil(targets.whole.filters / 16))
         if stop == "auto":
-            able = can_stop(rule) and by is None and max_batches is None and group.alone
-            stop = "confident" if able and is_long_and_shuffled(loader) else None
+            able = can_stop(rule) and by is None and max_batches is None
+            stop = "confident" if able and are_long_and_shuffled(loader, group) else None
         scoring = {
             "criterion": rule,
             "loss_fn": loss_fn,

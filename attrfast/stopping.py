@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from attrfast.batches import Batch
-from attrfast.confidence import FIRST, HIGHEST, Looks
+from attrfast.confidence import FIRST, HIGHEST, Groups, Looks, Spread
 from attrfast.criteria import Criterion, Reduction, has_own_pass
+from attrfast.distributed import Group
 from attrfast.errors import InputError
 from attrfast.passes import Pass
 from attrfast.scores import normalized
@@ -48,41 +50,56 @@ class Stop:
             for tally in running.tallies
         ]
         self._labels: tuple[int, int] | None = None  # the lowest, and the highest of the last batch
-        self._ascending = True
+        self.ascending = True
         self._early = False
 
+    @property
+    def samples(self) -> int:
+        """How many this process has read."""
+        return self._running.samples
+
     def after(self, batch: Batch, part: float) -> bool:
-        """Whether the pass may end after this batch.
+        """Whether the pass of one process may end after this batch.
 
         Args:
             batch: as the loader gave it.
             part: which part of all batches was read; 0 where nobody knows.
         """
-        self._watch(batch.extremes)
+        self.watch(batch)
         if part >= 1:
             return False
-        if self._ascending and self._running.samples >= FIRST:
+        if self.ascending and self.samples >= FIRST:
             return False  # the samples to come are of other classes
-        for looks, tally in zip(self._looks, self._running.tallies, strict=True):
-            assert tally.groups is not None
-            looks.look(tally.total, tally.groups, part)
+        return self.look(self.read(), part)
+
+    def read(self) -> list[tuple[torch.Tensor, Groups]]:
+        """For each criterion the sum (U,) over the samples read, and the sums over groups of them."""
+        return [
+            (tally.total, tally.groups) for tally in self._running.tallies if tally.groups is not None
+        ]
+
+    def look(self, read: Sequence[tuple[torch.Tensor, Spread]], part: float) -> bool:
+        """Whether the lowest filters of all criteria are settled by what was read, of all samples this part."""
+        for looks, (total, groups) in zip(self._looks, read, strict=True):
+            looks.look(total, groups, part)
         self._early = all(looks.settled for looks in self._looks)
         return self._early
 
-    def _watch(self, extremes: tuple[int, int] | None) -> None:
+    def watch(self, batch: Batch) -> None:
         """Follows whether labels have come in ascending order so far."""
+        extremes = batch.extremes
         if extremes is None:
-            self._ascending = False
+            self.ascending = False
             return
         low, high = extremes
         lowest, last = self._labels or (low, low)
-        self._ascending = self._ascending and low >= last
+        self.ascending = self.ascending and low >= last
         self._labels = lowest, high
 
     def undecided(self) -> list[torch.Tensor]:
         """(U,) bool for each criterion; nothing is undecided where everything was read."""
         lowest, last = self._labels or (0, 0)
-        if self._ascending and lowest < last and self._running.samples >= FIRST:
+        if self.ascending and lowest < last and self.samples >= FIRST:
             warnings.warn(
                 "stop='confident' read all samples, because the loader sorts them by their labels, so that "
                 "the first tell nothing about the rest; give a loader that shuffles",
@@ -107,13 +124,21 @@ def can_stop(criterion: Criterion) -> bool:
     return criterion.needs_data and not criterion.trains and not has_own_pass(criterion)
 
 
-def is_long_and_shuffled(loader: Iterable[Any]) -> bool:
-    """Whether this is a `DataLoader` of 10,000 samples or more, in an order drawn anew every time."""
-    return (
-        isinstance(loader, DataLoader)
-        and isinstance(loader.sampler, (RandomSampler, WeightedRandomSampler, SubsetRandomSampler))
-        and len(loader.sampler) >= LONG
-    )
+def are_long_and_shuffled(loader: Iterable[Any], group: Group) -> bool:
+    """Whether the loaders of all processes are `DataLoader`s in an order drawn anew every time, and have
+    10,000 samples or more together."""
+    told = group.meet("how long the loader is", _shuffled_samples(loader))
+    return None not in told and sum(told) >= LONG
+
+
+def _shuffled_samples(loader: Iterable[Any]) -> int | None:
+    """How many a loader has that shuffles; None for another."""
+    sampler = getattr(loader, "sampler", None) if isinstance(loader, DataLoader) else None
+    if isinstance(sampler, (RandomSampler, WeightedRandomSampler, SubsetRandomSampler)) or (
+        isinstance(sampler, DistributedSampler) and sampler.shuffle
+    ):
+        return len(sampler)
+    return 0 if isinstance(loader, Sized) and len(loader) == 0 else None
 
 
 def check_stop(stop: str | None, confidence: float, lowest: int | None) -> None:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Tenso
 
 import attrfast
 from attrfast.confidence import FIRST, Groups, Looks
-from attrfast.stopping import is_long_and_shuffled
+from attrfast.distributed import Group
+from attrfast.stopping import are_long_and_shuffled
 from attrfast.units import Layer, Units
 
 
@@ -337,11 +338,11 @@ def test_it_is_the_default_where_the_loader_is_long_and_shuffles(monkeypatch: An
 
 def test_what_is_long_and_shuffled() -> None:
     data = TensorDataset(torch.zeros(10_000, 1))
-    assert is_long_and_shuffled(DataLoader(data, sampler=RandomSampler(data)))
-    assert not is_long_and_shuffled(DataLoader(data, sampler=SequentialSampler(data)))
-    assert not is_long_and_shuffled([torch.zeros(10_000, 1)])
+    assert are_long_and_shuffled(DataLoader(data, sampler=RandomSampler(data)), Group())
+    assert not are_long_and_shuffled(DataLoader(data, sampler=SequentialSampler(data)), Group())
+    assert not are_long_and_shuffled([torch.zeros(10_000, 1)], Group())
     short = TensorDataset(torch.zeros(9_999, 1))
-    assert not is_long_and_shuffled(DataLoader(short, shuffle=True))
+    assert not are_long_and_shuffled(DataLoader(short, shuffle=True), Group())
 
 
 @pytest.mark.parametrize(
