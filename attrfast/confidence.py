@@ -31,13 +31,11 @@ Importance = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class Spread(Protocol):
-    """What tells how samples differ.
+    """What tells how samples differ."""
 
-    Attributes:
-        samples: how many there are.
-    """
-
-    samples: int
+    @property
+    def samples(self) -> int:
+        """How many there are."""
 
     def deviations(self) -> torch.Tensor:
         """(G, U) float64 on the CPU: how far the sum of each group is from that of average samples.
