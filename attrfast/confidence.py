@@ -16,7 +16,7 @@ import torch
 from attrfast.units import Units
 
 AVERAGE = 0.02  # of the lowest filters, that the rest of the samples may exchange for others on average,
-MOST = 0.1  # and at most, at the confidence that is asked for
+MOST = 0.15  # and at most, at the confidence that is asked for
 HIGHEST = 0.999  # confidence: it takes 64,000 draws
 
 FIRST = 1024  # samples before the first look
@@ -109,9 +109,9 @@ class Looks:
     moves with them. Where it is known which part of all samples was read, the variance is that of the mean of
     this part against the mean of the whole (finite population correction).
 
-    A look finds the filters settled if at most 2% of them would be others on average, and more than 10% with a
+    A look finds the filters settled if at most 2% of them would be others on average, and more than 15% with a
     probability of at most (1 - confidence) / 32. There are at most 32 looks, so the probability that more than
-    10% are others after any of them is at most 1 - confidence (Bonferroni). The average is not corrected.
+    15% are others after any of them is at most 1 - confidence (Bonferroni). The average is not corrected.
 
     Source: V. Chernozhukov, D. Chetverikov, K. Kato, "Gaussian approximations and multiplier bootstrap for
     maxima of sums of high-dimensional random vectors", Annals of Statistics 41(6), 2013, section 3; W. G.

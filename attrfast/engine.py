@@ -146,7 +146,7 @@ def attribute(
         units: the model's units, if they are known from an earlier call; with the pass that they were
             found in (`attrfast.channels.discover`), no other is recorded.
         stop: None reads everything. `"confident"` reads until the lowest filters are settled: until the rest
-            of the loader would exchange at most 2% of them on average, and at the `confidence` at most 10%.
+            of the loader would exchange at most 2% of them on average, and at the `confidence` at most 15%.
             The batches must come in random order. Several processes end together. See
             `attrfast.confidence.Looks` for the test, and `Scores.undecided`.
         confidence: of `stop="confident"`, above 0 and at most 0.999.
