@@ -133,8 +133,8 @@ def test_one_pair_in_doubt_is_tolerated_among_many_filters_and_not_among_few() -
 
 def test_what_is_rarely_exchanged_but_then_in_numbers_is_not_settled() -> None:
     """Some of the 50 lowest rise together above as many others, one time in a hundred."""
-    total = torch.cat([torch.full((44,), -10.0), torch.zeros(6), torch.ones(6), torch.full((44,), 10.0)])
-    for together, settled in ((6, False), (5, True)):
+    total = torch.cat([torch.full((42,), -10.0), torch.zeros(8), torch.ones(8), torch.full((42,), 10.0)])
+    for together, settled in ((8, False), (7, True)):
         shift = torch.zeros(1, 100, dtype=torch.float64)
         shift[0, 50 - together : 50] = 1 / 2.326
         groups = SimpleNamespace(samples=FIRST, deviations=lambda shift=shift: shift)
