@@ -17,6 +17,7 @@ import torch
 
 _HUGE = 2 << 20  # bytes of a huge page
 _LARGEST = (32 << 20) - (64 << 10)  # bytes: what glibc adapts to at most, less its headers
+_WORTH = 8 << 20  # bytes from which a tensor lies in a block, the smallest of which is a huge page
 _SPARE = 2  # a block may be so many times as large as what it is handed out for
 
 
@@ -84,6 +85,15 @@ class Buffers:
             return min(fitting, key=lambda block: len(block.pages))
         self._blocks.append(_Block(_pages(size), self._batch))
         return self._blocks[-1]
+
+
+def empty_channels_last(buffers: Buffers | None, shape: Sequence[int]) -> torch.Tensor:
+    """(N, C, H, W) float32 of any values, channels-last: of buffers, if they are given, where it is large."""
+    _, channels, rows, columns = shape
+    strides = rows * columns * channels, 1, columns * channels, channels
+    if buffers is not None and 4 * torch.Size(shape).numel() > _WORTH:
+        return buffers.empty(shape, strides, torch.float32)
+    return torch.empty_strided(tuple(shape), strides, dtype=torch.float32)
 
 
 def _calm_allocator() -> None:

@@ -54,6 +54,7 @@ class LaunchingBackend(ABC):
 
     name: ClassVar[str]
     has_winograd: ClassVar[bool] = False  # whether it convolves by `attrfast.winograd`
+    has_pointwise: ClassVar[bool] = False  # likewise by `attrfast.pointwise`
 
     @abstractmethod
     def check_device(self, kind: str) -> None:

@@ -20,6 +20,7 @@ class CpuBackend(LaunchingBackend):
 
     name = "cpu"
     has_winograd = True
+    has_pointwise = True
 
     def check_device(self, kind: str) -> None:
         if kind != "cpu":
@@ -159,6 +160,42 @@ class CpuBackend(LaunchingBackend):
             weight.stride(3),
             transposed,
             *map(pointer, (scale, shift, residual, y, scratch)),
+            lower,
+            upper,
+            torch.get_num_threads(),
+        )
+
+    def pointwise_floats(self, x: Tensor, channels: int) -> int:
+        """Floats of scratch that `pointwise` needs."""
+        shape = len(x), x.shape[2:].numel(), x.shape[1], channels
+        return _native.pointwise_floats(*shape, torch.get_num_threads())
+
+    def pointwise(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        transposed: bool,
+        factor: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        lower: float,
+        upper: float,
+        y: Tensor,
+        scratch: Tensor,
+    ) -> None:
+        """See `attrfast.pointwise.convolve`; fills y, which lies channels-last as all others do."""
+        reads, makes = (0, 1) if transposed else (1, 0)
+        _native.pointwise(
+            len(x),
+            x.shape[2:].numel(),
+            weight.shape[reads],
+            weight.shape[makes],
+            x.data_ptr(),
+            weight.data_ptr(),
+            weight.stride(makes),
+            weight.stride(reads),
+            *map(pointer, (factor, scale, shift, residual, y, scratch)),
             lower,
             upper,
             torch.get_num_threads(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from attrfast._backend import backend_for
-from attrfast.buffers import Buffers
+from attrfast.buffers import Buffers, empty_channels_last
 from attrfast.convolution import Geometry
 from attrfast.layouts import aligned, channels_lie_together, laid
 from attrfast.reference import INF
@@ -16,7 +16,6 @@ from attrfast.reference import INF
 Tensor = torch.Tensor
 
 ENABLED = True  # benchmarks and tests turn it off to compare
-LARGE = 8 << 20  # bytes from which a tensor lies in buffers, whose smallest block is a huge page
 
 
 def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = False) -> bool:
@@ -88,13 +87,8 @@ def convolve(
     """
     channels = weight.shape[1 if transposed else 0]
     if out is None:
-        rows, columns = _sizes(x, padding, transposed)
-        shape = len(x), channels, rows, columns
-        strides = rows * columns * channels, 1, columns * channels, channels
-        if buffers is not None and 4 * torch.Size(shape).numel() > LARGE:
-            out = buffers.empty(shape, strides, x.dtype)
-        else:
-            out = torch.empty_strided(shape, strides, dtype=x.dtype)
+        shape = len(x), channels, *_sizes(x, padding, transposed)
+        out = empty_channels_last(buffers, shape)
     if transposed:
         padding = [2 - p for p in padding]
     backend = backend_for(x.device)

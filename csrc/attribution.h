@@ -106,6 +106,18 @@ struct Winograd {
   float lower, upper;
 };
 
+// y = clamp(x * weight * scale + shift + residual, lower, upper): a 1x1 convolution with stride 1 of n samples of
+// `positions`, channels-last, in float. Null means 1, 0 and 0; y may be residual.
+// Weight element (o, i) lies at o * weight_out + i * weight_in, and is multiplied by factor[i], if there is one.
+// scratch holds pointwise_floats() floats.
+struct Pointwise {
+  const float *x, *weight, *factor, *scale, *shift, *residual;
+  float *y, *scratch;
+  int64_t n, positions, channels_in, channels_out;
+  int64_t weight_out, weight_in;
+  float lower, upper;
+};
+
 // One set of kernels, compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -119,6 +131,8 @@ struct Kernels {
   void (*segment_normalize)(Dtype, const SegmentNormalize&, int threads);
   void (*winograd)(const Winograd&, int threads);
   int64_t (*winograd_floats)(const Winograd&, int threads);
+  void (*pointwise)(const Pointwise&, int threads);
+  int64_t (*pointwise_floats)(const Pointwise&, int threads);
 };
 
 const Kernels* baseline_kernels();

@@ -155,6 +155,37 @@ void winograd(int64_t n, Two input, int64_t channels_in, int64_t channels_out, T
   chosen->winograd(op, threads);
 }
 
+Pointwise pointwise_of(int64_t n, int64_t positions, int64_t channels_in, int64_t channels_out) {
+  Pointwise op = {};
+  op.n = n, op.positions = positions, op.channels_in = channels_in, op.channels_out = channels_out;
+  return op;
+}
+
+int64_t pointwise_floats(int64_t n, int64_t positions, int64_t channels_in, int64_t channels_out,
+                         int threads) {
+  const Pointwise op = pointwise_of(n, positions, channels_in, channels_out);
+  threads = usable("pointwise", threads);
+  return to_do(op) ? chosen->pointwise_floats(op, threads) : 0;
+}
+
+void pointwise(int64_t n, int64_t positions, int64_t channels_in, int64_t channels_out, Address x,
+               Address weight, int64_t weight_out, int64_t weight_in, Address factor, Address scale,
+               Address shift, Address residual, Address y, Address scratch, double lower, double upper,
+               int threads) {
+  Pointwise op = pointwise_of(n, positions, channels_in, channels_out);
+  op.x = static_cast<const float*>(in(x)), op.weight = static_cast<const float*>(in(weight));
+  op.weight_out = weight_out, op.weight_in = weight_in;
+  op.factor = static_cast<const float*>(in(factor)), op.scale = static_cast<const float*>(in(scale));
+  op.shift = static_cast<const float*>(in(shift));
+  op.residual = static_cast<const float*>(in(residual));
+  op.y = static_cast<float*>(out(y)), op.scratch = static_cast<float*>(out(scratch));
+  threads = usable("pointwise", threads);
+  if (!to_do(op)) return;
+  check_memory(op, lower, upper, chosen->pointwise_floats(op, threads));
+  op.lower = static_cast<float>(lower), op.upper = static_cast<float>(upper);
+  chosen->pointwise(op, threads);
+}
+
 const char* const kChecked = R"(: a launch of csrc/attribution.h.
 
 Raises ValueError for what no launch can have: an unknown code of a dtype, layout, norm or attribute; negative
@@ -206,6 +237,11 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "winograd_floats", &winograd_floats,
       "(n, input, channels_in, channels_out, padding, threads): floats of scratch that winograd needs.");
+  launch("pointwise", &pointwise,
+         "(n, positions, channels_in, channels_out, x, weight, weight_out, weight_in, factor, scale, "
+         "shift, residual, y, scratch, lower, upper, threads)");
+  m.def("pointwise_floats", &pointwise_floats,
+        "(n, positions, channels_in, channels_out, threads): floats of scratch that pointwise needs.");
 #ifdef ATTRFAST_WITH_CUDA
   py::module_ cuda = m.def_submodule("cuda", "Launches of attrfast's CUDA kernels over raw pointers.");
   attrfast::cuda::bind(cuda);

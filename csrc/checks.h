@@ -252,21 +252,57 @@ inline bool to_do(const Winograd& op) {
   return op.n > 0 && op.channels_out > 0;
 }
 
+struct Steps {
+  int64_t size, step;
+};
+
+// Elements from a weight's first to its last one that is read.
+inline int64_t reach(const Check& check, std::initializer_list<Steps> dimensions) {
+  int64_t last = 0;
+  for (const auto& [size, step] : dimensions) {
+    check.within("a stride of the weight", step, 0, kMostElements);
+    check.require(size == 1 || step <= kMostElements / (size - 1), "the weight has too many elements");
+    last += (size - 1) * step;
+  }
+  return last + 1;
+}
+
 inline void check_memory(const Winograd& op, double lower, double upper, int64_t scratch_floats) {
   Check check("winograd");
   check_bounds(check, lower, upper);
   const int64_t y =
       op.n * (op.h + 2 * op.padding[0] - 2) * (op.w + 2 * op.padding[1] - 2) * op.channels_out;
-  int64_t last = 0;  // element of the weight that is read
-  const int64_t steps[3][2] = {
-      {op.channels_out - 1, op.weight_out}, {op.channels_in - 1, op.weight_in}, {8, op.weight_tap}};
-  for (const auto& [most, step] : steps) {
-    check.within("a stride of the weight", step, 0, kMostElements);
-    check.require(most == 0 || step <= kMostElements / most, "the weight has too many elements");
-    last += most * step;
-  }
+  const int64_t weight = reach(
+      check, {{op.channels_out, op.weight_out}, {op.channels_in, op.weight_in}, {9, op.weight_tap}});
   check.reads("x", op.x, op.n * op.h * op.w * op.channels_in, sizeof(float));
-  check.reads("weight", op.weight, last + 1, sizeof(float));
+  check.reads("weight", op.weight, weight, sizeof(float));
+  check.may_read("scale", op.scale, op.channels_out, sizeof(float));
+  check.may_read("shift", op.shift, op.channels_out, sizeof(float));
+  check.may_read("residual", op.residual, y, sizeof(float));
+  check.writes("y", op.y, y, sizeof(float), "residual");
+  check.writes("scratch", op.scratch, scratch_floats, sizeof(float));
+  check.apart();
+}
+
+// Sizes of a 1x1 convolution; its memory is checked apart, as a Winograd's is.
+inline bool to_do(const Pointwise& op) {
+  Check check("pointwise");
+  check.within("channels_in", op.channels_in, 1, std::numeric_limits<int32_t>::max());
+  check.within("channels_out", op.channels_out, 0, std::numeric_limits<int32_t>::max());
+  check.elements("x", {op.n, op.positions, op.channels_in});
+  check.elements("y", {op.n, op.positions, op.channels_out});
+  return op.n > 0 && op.positions > 0 && op.channels_out > 0;
+}
+
+inline void check_memory(const Pointwise& op, double lower, double upper, int64_t scratch_floats) {
+  Check check("pointwise");
+  check_bounds(check, lower, upper);
+  const int64_t rows = op.n * op.positions, y = rows * op.channels_out;
+  const int64_t weight =
+      reach(check, {{op.channels_out, op.weight_out}, {op.channels_in, op.weight_in}});
+  check.reads("x", op.x, rows * op.channels_in, sizeof(float));
+  check.reads("weight", op.weight, weight, sizeof(float));
+  check.may_read("factor", op.factor, op.channels_in, sizeof(float));
   check.may_read("scale", op.scale, op.channels_out, sizeof(float));
   check.may_read("shift", op.shift, op.channels_out, sizeof(float));
   check.may_read("residual", op.residual, y, sizeof(float));

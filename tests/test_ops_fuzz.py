@@ -246,6 +246,7 @@ WRONG = [
 ]
 SMALL = st.integers(0, 4)
 MOST_ROOMS = 160
+CONVOLUTIONS = {"winograd": 5, "pointwise": 6}  # addresses behind the strides of the weight
 
 
 class Memory:
@@ -291,6 +292,8 @@ def launches(draw: st.DrawFn) -> tuple[str, list[Any], list[str], list[Any], set
                  [*bounds, flag, threads], {"gz"}),
                 ("winograd", [shape[2], (3, 4), 1 + shape[3], shape[2], (1, 1)], ["x", "weight"],
                  [9, 36, 1, flag, 0, 0, 0, 4, 5, *bounds, threads], {"y"}),
+                ("pointwise", [shape[2], draw(SMALL), 1 + shape[3], shape[2]], ["x", "weight"],
+                 [5, 1, 0, 0, 0, 0, 4, 5, *bounds, threads], {"y"}),
             ]
         )
     )  # fmt: skip
@@ -302,10 +305,11 @@ def numbers(draw: st.DrawFn) -> tuple[str, list[Any], set[int]]:
     name, first, addresses, last, written = launches(draw)
     args: list[Any] = [*first, *(("room", turn) for turn in range(len(addresses))), *last]
     rooms = {turn for turn, address in enumerate(addresses) if address in written}
-    if name == "winograd":  # its result and its scratch stand behind other numbers
-        place = len(first) + 2
-        args[place + 4 : place + 9] = [("room", turn) for turn in (2, 3, 4, 5, 6)]
-        rooms = {5, *range(6, MOST_ROOMS)}  # the last one, for scratch, is large
+    if name in CONVOLUTIONS:  # their results and their scratch stand behind other numbers
+        count = CONVOLUTIONS[name]
+        behind = len(args) - 3 - count
+        args[behind : behind + count] = [("room", 2 + turn) for turn in range(count)]
+        rooms = {count, *range(1 + count, MOST_ROOMS)}  # the last one, for scratch, is large
     places = st.lists(st.integers(0, len(args) - 1), max_size=3, unique=True)
     for place in draw(places):
         value = args[place]
@@ -327,7 +331,7 @@ def numbers(draw: st.DrawFn) -> tuple[str, list[Any], set[int]]:
 @settings(max_examples=1500, deadline=None)
 def test_a_native_launch_is_right_or_refuses(case: tuple[str, list[Any], set[int]]) -> None:
     name, args, rooms = case
-    memory = Memory(MOST_ROOMS if name == "winograd" else 10)
+    memory = Memory(MOST_ROOMS if name in CONVOLUTIONS else 10)
     told = {"room": memory.room, "odd": lambda _: memory.start + 1, "top": lambda _: 2**64 - 1}
     args = [
         told[x[0]](x[1]) if isinstance(x, tuple) and x and isinstance(x[0], str) and x[0] in told else x
@@ -359,6 +363,12 @@ def test_a_native_launch_is_right_or_refuses(case: tuple[str, list[Any], set[int
         ("segment_normalize", (0, 64, 128, 1, 1, 256, 3, 1), "kind is 3, expected 0 to 2"),
         ("winograd_floats", (1, (1, 1), 1, 1, (0, 0), 1), "no room for a window"),
         ("winograd_floats", (1, (3, 3), 0, 1, (0, 0), 1), "channels_in is 0"),
+        ("pointwise_floats", (1, 1, 0, 1, 1), "channels_in is 0"),
+        ("pointwise_floats", (2**40, 2**40, 1, 1, 1), "x has too many elements"),
+        ("pointwise", (1, 1, 1, 1, 64, 128, 1, -1, 0, 0, 0, 0, 192, 256, 0.0, 1.0, 1),
+         "a stride of the weight is -1"),
+        ("pointwise", (1, 1, 1, 1, 64, 128, 1, 1, 0, 0, 0, 0, 128, 256, 0.0, 1.0, 1),
+         "y overlaps weight"),
     ],
 )  # fmt: skip
 def test_a_native_launch_names_what_is_wrong(name: str, args: tuple[Any, ...], said: str) -> None:

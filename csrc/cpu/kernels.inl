@@ -297,6 +297,10 @@ static void attribution_typed(const Shape& shape, const Attribution& op, int thr
 
 #include "max_pool.inl"
 #include "normalize.inl"
+#include "vectors.inl"
+
+// These need the vectors.
+#include "pointwise.inl"
 #include "winograd.inl"
 
 // -- dispatch ---------------------------------------------------------------------------------------
@@ -379,7 +383,8 @@ static const Kernels kernels = {ATTRFAST_ISA_NAME,    affine_relu,
                                 affine_relu_backward, attribution,
                                 affine_relu_max_pool, affine_relu_max_pool_backward,
                                 segment_normalize,    winograd,
-                                winograd_floats};
+                                winograd_floats,      pointwise,
+                                pointwise_floats};
 
 }  // namespace ATTRFAST_ISA
 }  // namespace attrfast

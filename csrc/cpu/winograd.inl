@@ -9,67 +9,8 @@
 // whose V stays in its cache, and passes U by it, a panel of output channels at a time. A sum runs over the
 // input channels in order, so results have the same bits however the tiles are cut into blocks.
 
-#if defined(__AVX512F__)
-constexpr int64_t kLanes = 16, kMostRows = 14;  // 28 sums, 2 vectors of U and a value of V: 31 registers
-#elif defined(__AVX__)
-constexpr int64_t kLanes = 8, kMostRows = 6;
-#else
-constexpr int64_t kLanes = 4, kMostRows = 6;
-#endif
-constexpr int64_t kPanel = 2 * kLanes;       // output channels at a time
 constexpr int64_t kBlockBytes = 512 * 1024;  // of V, for a block of tiles
 constexpr int64_t kSteps = 4;
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-
-static inline Vector load_vector(const float* from) {
-  Vector v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return v;
-}
-
-static inline void store_vector(float* to, Vector v) { __builtin_memcpy(to, &v, sizeof v); }
-
-// The first `count` lanes; the others are zero, or left alone. Loops tell whole vectors apart (kWhole), so
-// that nothing is decided within them.
-template <bool kWhole>
-static inline Vector load_lanes(const float* from, int64_t count) {
-  if (kWhole) return load_vector(from);
-#if defined(__AVX512F__)
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << larger(0, count)) - 1), from);
-#else
-  Vector v = {};
-  for (int64_t i = 0; i < count; ++i) v[i] = from[i];
-  return v;
-#endif
-}
-
-template <bool kWhole>
-static inline void store_lanes(float* to, Vector v, int64_t count) {
-  if (kWhole) return store_vector(to, v);
-#if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << larger(0, count)) - 1), v);
-#else
-  for (int64_t i = 0; i < count; ++i) to[i] = v[i];
-#endif
-}
-
-// Exchanges the rows and columns of a square of vectors: blocks of half the size, then of a quarter, ...
-static inline void transpose(Vector* rows) {
-  typedef int Lanes __attribute__((vector_size(4 * kLanes)));
-  for (int64_t half = kLanes / 2; half >= 1; half /= 2) {
-    Lanes low = {}, high = {};
-    for (int64_t i = 0; i < kLanes; ++i) {
-      low[i] = static_cast<int>(i & half ? i - half + kLanes : i);
-      high[i] = static_cast<int>(i & half ? i + kLanes : i + half);
-    }
-    for (int64_t i = 0; i < kLanes; ++i) {
-      if (i & half) continue;
-      const Vector a = rows[i], b = rows[i + half];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + half] = __builtin_shuffle(a, b, high);
-    }
-  }
-}
 
 // Sizes that follow from a call; all in floats where not said otherwise. Of U and V the smaller one is made
 // whole, once; of the other a piece at a time.
@@ -123,21 +64,7 @@ static void transform_weight(const Winograd& op, const WinogradPlan& plan, int64
   for (int64_t t = 0; t < 9; ++t) {
     for (int64_t o = 0; o < width; o += kLanes) {
       const float* from = w + (op.flipped ? 8 - t : t) * op.weight_tap + o * op.weight_out;
-      Vector* const to = taps[t][o / kLanes];
-      if (op.weight_in == 1 && ins == kLanes && outs - o >= kLanes) {
-        Vector square[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) square[i] = load_vector(from + i * op.weight_out);
-        transpose(square);
-        for (int64_t i = 0; i < kLanes; ++i) to[i] = square[i];
-      } else if (op.weight_out == 1 && ins == kLanes && outs - o >= kLanes) {
-        for (int64_t i = 0; i < kLanes; ++i) to[i] = load_vector(from + i * op.weight_in);
-      } else {
-        for (int64_t i = 0; i < kLanes; ++i) {
-          to[i] = Vector{};
-          for (int64_t j = 0; i < ins && j < smaller(kLanes, outs - o); ++j)
-            to[i][j] = from[i * op.weight_in + j * op.weight_out];
-        }
-      }
+      load_square(from, op.weight_out, op.weight_in, outs - o, ins, taps[t][o / kLanes]);
     }
   }
   for (int64_t i = 0; i < kLanes; ++i) {
@@ -214,15 +141,7 @@ static inline void transform_input(const Winograd& op, const WinogradPlan& plan,
 template <int R, int S>
 static void multiply(const float* v, int64_t v_step, const float* u, int64_t in_vectors, float* m) {
   Vector sum[R][S] = {};
-  for (int64_t i = 0; i < in_vectors; ++i, v += v_step) {
-#pragma GCC unroll 2
-    for (int64_t lane = 0; lane < kLanes; ++lane, u += S * kLanes) {
-      Vector b[S];
-      for (int s = 0; s < S; ++s) b[s] = load_vector(u + s * kLanes);
-      for (int r = 0; r < R; ++r)
-        for (int s = 0; s < S; ++s) sum[r][s] += v[r * kLanes + lane] * b[s];
-    }
-  }
+  add_products(v, v_step, u, in_vectors * kLanes, sum);
   for (int r = 0; r < R; ++r)
     for (int s = 0; s < S; ++s) store_vector(m + (r * S + s) * kLanes, sum[r][s]);
 }

@@ -1,0 +1,81 @@
+"""1x1 convolutions by the backend's own kernel, with what follows them in the same launch.
+
+Must not know what a stage or a pass is.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attrfast._backend import backend_for
+from attrfast.buffers import Buffers, empty_channels_last
+from attrfast.convolution import Geometry
+from attrfast.layouts import aligned, channels_lie_together, laid
+from attrfast.reference import INF
+
+Tensor = torch.Tensor
+
+ENABLED = True  # benchmarks and tests turn it off to compare
+
+
+def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = False) -> bool:
+    """Whether `convolve` takes a convolution; arguments as there."""
+    return (
+        ENABLED
+        and x.dim() == 4
+        and x.dtype == weight.dtype == torch.float32
+        and x.device == weight.device
+        and weight.shape[2:] == (1, 1)
+        and weight.shape[0 if transposed else 1] == x.shape[1]
+        and geometry.stride == [1, 1]
+        and geometry.padding == [0, 0]
+        and geometry.groups == 1
+        and x.numel() > 0
+        and weight.numel() > 0
+        and aligned(x)
+        and aligned(weight)
+        and channels_lie_together(x)
+        and not torch.is_autocast_enabled(x.device.type)
+        and backend_for(x.device).has_pointwise
+    )
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    padding: list[int],
+    *,
+    transposed: bool = False,
+    factor: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    lower: float = -INF,
+    upper: float = INF,
+    out: Tensor | None = None,
+    buffers: Buffers | None = None,
+) -> Tensor:
+    """clamp(conv(x * factor, weight) * scale + shift + residual, lower, upper), if `suits` accepts it.
+
+    Args:
+        padding: none; it stands here because `attrfast.winograd.convolve` has it.
+        transposed: x is a gradient for a convolution's output, and the result one for its input.
+        factor: of x's channels, float32, or None for 1. The weight takes it.
+        scale, shift: (C,) float32, or None for 1 and 0.
+        out: channels-last memory for the result; None makes new memory.
+        buffers: what large memory comes from.
+
+    Returns:
+        (N, C, H, W), channels-last.
+    """
+    assert not any(padding)
+    channels = weight.shape[1 if transposed else 0]
+    if out is None:
+        out = empty_channels_last(buffers, (len(x), channels, *x.shape[2:]))
+    backend = backend_for(x.device)
+    floats = backend.pointwise_floats(x, channels)
+    scratch = torch.empty(floats) if buffers is None else buffers.scratch(floats)
+    vectors = (None if v is None else laid(v, False) for v in (factor, scale, shift))
+    other = None if residual is None else laid(residual, True)
+    backend.pointwise(x, weight, transposed, *vectors, other, lower, upper, out, scratch)
+    return out
