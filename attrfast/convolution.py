@@ -51,7 +51,7 @@ def left_behind(x: torch.Tensor, weight: torch.Tensor, geometry: Geometry) -> bo
     )
 
 
-def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def library_pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A 1x1 convolution that PyTorch has left behind."""
     out: torch.Tensor = torch.ops.aten.mkldnn_convolution(x, weight, bias, [0, 0], [1, 1], [1, 1], 1)
     return out
@@ -72,7 +72,7 @@ def input_gradient(
         shape, strides: of the input.
     """
     if left_behind(gz, weight, geometry):
-        return pointwise(gz, weight.transpose(0, 1), None)
+        return library_pointwise(gz, weight.transpose(0, 1), None)
     # PyTorch's function reads no value of the input it is given: any memory will do, and gz's costs nothing.
     if gz.untyped_storage().nbytes() >= shape.numel() * gz.element_size():
         like = gz.as_strided(shape, strides, 0)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from attrfast import ops, turning, winograd
+from attrfast import ops, pointwise, turning, winograd
 from attrfast.buffers import Buffers
-from attrfast.convolution import Geometry, each, input_gradient, left_behind, pointwise
+from attrfast.convolution import Geometry, each, input_gradient, left_behind, library_pointwise
 from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import Plan
 from attrfast.layouts import channels_lie_together, empty_laid, laid
@@ -306,8 +306,24 @@ def _later(convolve: Callable[[Tensor], Tensor], x: Tensor, step: int) -> Iterat
         yield convolve(part)
 
 
+def _own_kernel(
+    x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = False
+) -> Callable[..., Tensor] | None:
+    """What convolves in a kernel of our own, and does what follows; None leaves it to the library."""
+    if winograd.suits(x, weight, geometry, transposed=transposed):
+        return winograd.convolve
+    if pointwise.suits(x, weight, geometry, transposed=transposed):
+        return pointwise.convolve
+    return None
+
+
 def _whole(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], buffers: Buffers | None
+    convolve: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: list[int],
+    buffers: Buffers | None,
 ) -> Callable[..., Tensor]:
     """What makes a stage's output from its convolution's input, when it is asked for."""
     version = x._version
@@ -321,7 +337,7 @@ def _whole(
             first = bias if scale is None else bias * scale
             shift = first if shift is None else first + shift
         with torch.no_grad():
-            return winograd.convolve(
+            return convolve(
                 x,
                 weight,
                 padding,
@@ -358,9 +374,10 @@ def _input_gradient(run: _Run, gz: Tensor, scale: Tensor | None, out: Tensor | N
     if strides[1] == 1 and (out is None or channels_lie_together(out)):
         # Maps of one position, as a pooling's gradient may be, lie in either layout: a copy costs little.
         g = laid(gz, True) if len(shape) == 4 else gz
-        if winograd.suits(g, weight, run.geometry, transposed=True):
+        convolve = _own_kernel(g, weight, run.geometry, transposed=True)
+        if convolve is not None:
             padding = run.geometry.padding
-            return winograd.convolve(g, weight, padding, transposed=True, out=out, buffers=run.memory)
+            return convolve(g, weight, padding, transposed=True, out=out, buffers=run.memory)
     gx = input_gradient(gz, weight, torch.Size((len(gz), *shape[1:])), strides, run.geometry)
     return gx if out is None else out.copy_(gx)
 
@@ -597,22 +614,22 @@ class PlanMode(CallMode):
         run.weight, run.geometry, run.memory = weight, geometry, self.buffers
         strides = x.stride() if _is_dense(x) else torch.empty(x.shape, device="meta").stride()
         run.x_like = x.shape, strides, x.dtype
-        own = not isinstance(padding, str) and winograd.suits(x, weight, geometry)
-        own = own and (bias is None or bias.dtype == x.dtype)
-        if own and "pool" not in run.stage.roles.values():
-            run.own = _whole(x, weight, bias, geometry.padding, self.buffers)
-            sizes = (n + 2 * p - 2 for n, p in zip(x.shape[2:], geometry.padding, strict=True))
-            run.x, run.z = x, x.new_empty(()).expand(len(x), len(weight), *sizes)
+        own = None
+        if not isinstance(padding, str) and (bias is None or bias.dtype == x.dtype):
+            own = _own_kernel(x, weight, geometry)
+        if own is not None and "pool" not in run.stage.roles.values():
+            run.own = _whole(own, x, weight, bias, geometry.padding, self.buffers)
+            sizes = zip(x.shape[2:], geometry.padding, weight.shape[2:], strict=True)
+            made = len(x), len(weight), *(n + 2 * p - k + 1 for n, p, k in sizes)
+            run.x, run.z = x, x.new_empty(()).expand(made)
             return
 
         def convolve(part: Tensor) -> Tensor:
             with torch.no_grad():
-                if own:
-                    return winograd.convolve(
-                        part, weight, geometry.padding, shift=bias, buffers=self.buffers
-                    )
+                if own is not None:
+                    return own(part, weight, geometry.padding, shift=bias, buffers=self.buffers)
                 if left_behind(part, weight, geometry):
-                    return pointwise(part, weight, bias)
+                    return library_pointwise(part, weight, bias)
                 z: Tensor = func(part, weight, bias, stride, padding, dilation, groups)
                 return z
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attrfast
-from attrfast.convolution import Geometry, input_gradient, left_behind, pointwise
+from attrfast import pointwise
+from attrfast.convolution import Geometry, input_gradient, left_behind, library_pointwise
 
 POINTWISE = Geometry([1, 1], [0, 0], [1, 1], 1)
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -67,7 +68,7 @@ def test_it_is_the_sum_that_a_convolution_is(
     assert left_behind(x, weight, POINTWISE)
     wide = weight.double()[:, :, 0, 0]
     expected = torch.einsum("oi,nihw->nohw", wide, x.double()) + bias.double().view(-1, 1, 1)
-    assert torch.allclose(pointwise(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(library_pointwise(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
     with Seen() as seen:
         got = input_gradient(g, weight, x.shape, x.stride(), POINTWISE)
     assert "aten::mkldnn_convolution" in seen.names
@@ -126,7 +127,10 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
-def test_a_pass_of_one_thread_takes_the_faster_way_and_scores_as_float64_does(one_thread: None) -> None:
+def test_a_pass_of_one_thread_takes_the_faster_way_and_scores_as_float64_does(
+    one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pointwise, "ENABLED", False)
     model = pointwise_network()
     with Seen() as seen:
         scores = attrfast.attribute(model, batches(2), "attribution", progress=False)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
 import torch
 from op_checks import ISAS, using
+from torch import nn
 from torch.nn import functional
 
+import attrfast
 from attrfast import pointwise, reference
 from attrfast.buffers import Buffers
 from attrfast.convolution import Geometry
@@ -179,3 +182,112 @@ def test_it_is_not_used_under_autocast() -> None:
     assert pointwise.suits(x, weight, PLAIN)
     with torch.autocast("cpu", torch.bfloat16):
         assert not pointwise.suits(x, weight, PLAIN)
+
+
+class Bottleneck(nn.Module):
+    """A ResNet's: both of its 1x1 convolutions, one of them added to, and a bare one for the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = block(3, 40, 3, nn.ReLU())
+        self.branch = nn.Sequential(
+            block(40, 16, 1, nn.ReLU()), block(16, 16, 3, nn.ReLU()), block(16, 40, 1)
+        )
+        self.shortcut = block(40, 40, 1)
+        self.bare = nn.Conv2d(40, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = functional.relu(self.branch(x) + self.shortcut(x))
+        return functional.leaky_relu(self.bare(x))
+
+
+class InvertedResidual(nn.Module):
+    """A MobileNet's: ReLU6 after the first, nothing after the last, which is added to without a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = block(3, 24, 3, nn.ReLU6())
+        self.branch = nn.Sequential(
+            block(24, 72, 1, nn.ReLU6()), block(72, 72, 3, nn.ReLU6(), groups=72), block(72, 24, 1)
+        )
+        self.last = block(24, 24, 1, nn.ReLU6())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.last(x + self.branch(x))
+
+
+class Dense(nn.Module):
+    """A DenseNet's: batch norms and ReLUs before the convolutions, concatenations, a pooled transition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = block(3, 24, 3, nn.ReLU())
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                *(nn.BatchNorm2d(24 + 8 * i), nn.ReLU(), nn.Conv2d(24 + 8 * i, 32, 1, bias=False)),
+                *(nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3, padding=1, bias=False)),
+            )
+            for i in range(2)
+        )
+        self.transition = nn.Sequential(
+            *(nn.BatchNorm2d(40), nn.ReLU(), nn.Conv2d(40, 24, 1), nn.MaxPool2d(2))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.cat((x, layer(x)), 1)
+        return self.transition(x)
+
+
+def block(
+    reads: int, makes: int, size: int, activation: nn.Module | None = None, groups: int = 1
+) -> nn.Sequential:
+    convolution = nn.Conv2d(reads, makes, size, padding=size // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(makes), activation or nn.Identity())
+
+
+NETWORKS = {"bottleneck": Bottleneck, "inverted residual": InvertedResidual, "dense": Dense}
+
+
+def trained_statistics(name: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5))
+    net = nn.Sequential(NETWORKS[name](), head).to(memory_format=LAST)
+    images = torch.randn(6, 3, 16, 15).contiguous(memory_format=LAST)
+    net(images)  # batch norms have statistics
+    return net.eval(), [(images, torch.arange(6) % 5)]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every launch of a pass, whether it was for an input's gradient."""
+    made: list[bool] = []
+    real = pointwise.convolve
+
+    def noted(*args: object, **kwargs: object) -> Tensor:
+        made.append(bool(kwargs.get("transposed")))
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pointwise, "convolve", noted)
+    return made
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "taylor_guided", "attribution", "apoz"])
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_a_pass_gives_the_scores_of_float64(name: str, criterion: str, calls: list[bool]) -> None:
+    net, data = trained_statistics(name)
+    got = attrfast.attribute(net, data, criterion, progress=False)
+    assert calls.count(False) >= 3
+    wide = [(images.double(), labels) for images, labels in data]
+    want = attrfast.attribute(copy.deepcopy(net).double(), wide, criterion, progress=False)
+    assert (got.importance - want.importance).norm() <= 1e-5 * want.importance.norm()
+
+
+@pytest.mark.parametrize(("name", "count"), [("bottleneck", 4), ("inverted residual", 3), ("dense", 3)])
+def test_a_pass_uses_it_forward_and_backward(name: str, count: int, calls: list[bool]) -> None:
+    net, data = trained_statistics(name)
+    attrfast.attribute(net, data, "attribution", progress=False)
+    assert (calls.count(False), calls.count(True)) == (count, count)
