@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from attrfast import ops, pointwise, turning, winograd
-from attrfast.buffers import Buffers
+from attrfast.buffers import Buffers, empty_channels_last
 from attrfast.convolution import Geometry, each, input_gradient, left_behind, library_pointwise
 from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import Plan
@@ -168,6 +168,9 @@ def _gradients(
     if not to_x or run.geometry is None:
         gz, g1, s = _backward(run, scale, saved, g, attribute)
         return (gz if to_x else None), (g1 if to_residual else None), s
+    in_one = _in_one_launch(run, saved, g, attribute, to_residual)
+    if in_one is not None:
+        return in_one
     assert run.x_like is not None
     shape, strides, dtype = run.x_like
     step = run.samples_at_once(math.prod(shape[1:]) * g.element_size(), len(g))
@@ -189,6 +192,38 @@ def _gradients(
         return gx, None, flow
     in_place = others[0].data_ptr() == g.data_ptr()
     return gx, (g if in_place else torch.cat(others)), flow
+
+
+def _in_one_launch(
+    run: _Run, saved: tuple[Tensor | None, ...], g: Tensor, attribute: bool, to_residual: bool
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """What `_gradients` gives, where our own kernel does all of it; None where it does not."""
+    assert run.x_like is not None
+    assert run.geometry is not None
+    assert run.weight is not None
+    shape, strides, dtype = run.x_like
+    if not run.clamps or run.pool is not None or dtype != g.dtype or len(shape) != 4 or strides[1] != 1:
+        return None
+    grad = laid(g, True)
+    if not pointwise.suits(grad, run.weight, run.geometry, transposed=True):
+        return None
+    a, _, residual = saved
+    assert a is not None
+    g1 = None
+    if to_residual:
+        fresh = grad is not g or _may_overwrite(run, g)
+        g1 = grad if fresh else empty_channels_last(run.memory, g.shape)
+    rules = run.lower, run.upper, run.guided, 2 if run.branch is not None else int(attribute)
+    gx, s = pointwise.gradient(
+        a, grad, run.weight, residual, run.scale, *rules, g1=g1, buffers=run.memory
+    )
+    return gx, g1, s
+
+
+def _may_overwrite(run: _Run, g: Tensor) -> bool:
+    """Whether nobody else reads a gradient that autograd has handed over."""
+    assert run.matrix is not None
+    return run.fresh and _is_dense(g) and not run.matrix.waits_for(g)
 
 
 def _forward(run: _Run, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -266,8 +301,7 @@ def _backward(
     """
     a, code, residual = saved
     backend = ops.backend_for(g.device)
-    assert run.matrix is not None
-    fresh = run.fresh and _is_dense(g) and not run.matrix.waits_for(g)
+    fresh = _may_overwrite(run, g)
     bounds = run.lower, run.upper, run.guided and run.clamps
     if run.pool is not None:
         kernel, stride, padding, _ = run.pool

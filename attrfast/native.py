@@ -201,6 +201,43 @@ class CpuBackend(LaunchingBackend):
             torch.get_num_threads(),
         )
 
+    def pointwise_backward_floats(self, g: Tensor, channels: int) -> int:
+        """Floats of scratch that `pointwise_backward` needs."""
+        shape = len(g), g.shape[2:].numel(), g.shape[1], channels
+        return _native.pointwise_backward_floats(*shape, torch.get_num_threads())
+
+    def pointwise_backward(
+        self,
+        a: Tensor,
+        g: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        scale: Tensor | None,
+        g1: Tensor | None,
+        gx: Tensor,
+        s: Tensor,
+        scratch: Tensor,
+        lower: float,
+        upper: float,
+        guided: bool,
+        attribute: int,
+    ) -> None:
+        """See `attrfast.pointwise.gradient`; fills gx, g1 where it is given, and s unless `attribute` is 0."""
+        _native.pointwise_backward(
+            len(g),
+            g.shape[2:].numel(),
+            *weight.shape[:2],
+            *map(pointer, (a, g, residual, weight)),
+            weight.stride(1),
+            weight.stride(0),
+            *map(pointer, (scale, g1, gx, s, scratch)),
+            lower,
+            upper,
+            guided,
+            attribute,
+            torch.get_num_threads(),
+        )
+
     def segment_normalize(self, theta: Tensor, offsets: Tensor, kind: str) -> Tensor:
         theta, offsets = laid(theta, False), laid(offsets, False)
         out = torch.empty_like(theta)

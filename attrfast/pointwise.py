@@ -1,4 +1,4 @@
-"""1x1 convolutions by the backend's own kernel, with what follows them in the same launch.
+"""1x1 convolutions by the backend's own kernels, with what follows them in the same launch, forward and back.
 
 Must not know what a stage or a pass is.
 """
@@ -79,3 +79,41 @@ def convolve(
     other = None if residual is None else laid(residual, True)
     backend.pointwise(x, weight, transposed, *vectors, other, lower, upper, out, scratch)
     return out
+
+
+def gradient(
+    a: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    lower: float = 0.0,
+    upper: float = INF,
+    guided: bool = False,
+    attribute: int = 1,
+    *,
+    g1: Tensor | None = None,
+    buffers: Buffers | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Backward of a convolution and of what followed it, if `suits` accepts g with `transposed`.
+
+    Args:
+        a to attribute: see `attrfast.reference.pointwise_backward`.
+        g1: channels-last memory for the gradient with respect to the residual, or g; None does not make it.
+        buffers: what large memory comes from.
+
+    Returns:
+        gx, channels-last; s: (N, C).
+    """
+    gx = empty_channels_last(buffers, (len(g), weight.shape[1], *g.shape[2:]))
+    s = g.new_empty(g.shape[:2]) if attribute else g.new_zeros(g.shape[:2])
+    backend = backend_for(g.device)
+    floats = backend.pointwise_backward_floats(g, weight.shape[1])
+    scratch = torch.empty(floats) if buffers is None else buffers.scratch(floats)
+    scale = None if scale is None else laid(scale, False)
+    other = laid(residual, True) if residual is not None and attribute == 2 else None
+    backend.pointwise_backward(
+        *(laid(a, True), g, other, weight, scale, g1, gx, s, scratch),
+        *(lower, upper, guided, attribute),
+    )
+    return gx, s

@@ -174,6 +174,30 @@ def affine_add_relu_backward(
     return inside.to(g.dtype), (inside * _per_channel(scale, a)).to(g.dtype), s
 
 
+def pointwise_backward(
+    a: torch.Tensor,
+    g: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    lower: float = 0.0,
+    upper: float = INF,
+    guided: bool = False,
+    attribute: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Backward of `affine_relu` and of the 1x1 convolution before it.
+
+    Args:
+        a, g, residual, scale, lower, upper, guided, attribute: see `affine_add_relu_backward`.
+        weight: (C, I, 1, ...) of the convolution, with stride 1, no padding and one group.
+
+    Returns:
+        gx: (N, I, ...), the gradient for what the convolution read; g1; s: (N, C).
+    """
+    g1, gz, s = affine_add_relu_backward(a, g, residual, scale, lower, upper, guided, attribute)
+    return torch.einsum("nc...,ci->ni...", gz, weight.flatten(1)), g1, s
+
+
 def affine_relu_max_pool(
     z: torch.Tensor,
     scale: torch.Tensor | None,

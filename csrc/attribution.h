@@ -118,6 +118,18 @@ struct Pointwise {
   float lower, upper;
 };
 
+// g1 and s as of AffineReluBackward, with g = product.x; product.y is the convolution of g1. g1 may be null or g,
+// and product has neither scale, shift and residual nor bounds of its own. scratch holds
+// pointwise_backward_floats() floats.
+struct PointwiseBackward {
+  Pointwise product;
+  const float *a, *residual;
+  float *g1, *s;
+  double lower, upper;
+  bool guided;
+  Attribute attribute;
+};
+
 // One set of kernels, compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -133,6 +145,8 @@ struct Kernels {
   int64_t (*winograd_floats)(const Winograd&, int threads);
   void (*pointwise)(const Pointwise&, int threads);
   int64_t (*pointwise_floats)(const Pointwise&, int threads);
+  void (*pointwise_backward)(const PointwiseBackward&, int threads);
+  int64_t (*pointwise_backward_floats)(const PointwiseBackward&, int threads);
 };
 
 const Kernels* baseline_kernels();

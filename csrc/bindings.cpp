@@ -186,6 +186,37 @@ void pointwise(int64_t n, int64_t positions, int64_t channels_in, int64_t channe
   chosen->pointwise(op, threads);
 }
 
+int64_t pointwise_backward_floats(int64_t n, int64_t positions, int64_t channels_in,
+                                  int64_t channels_out, int threads) {
+  PointwiseBackward op = {};
+  op.product = pointwise_of(n, positions, channels_in, channels_out);
+  threads = usable("pointwise_backward", threads);
+  return to_do(op.product) ? chosen->pointwise_backward_floats(op, threads) : 0;
+}
+
+void pointwise_backward(int64_t n, int64_t positions, int64_t channels_in, int64_t channels_out,
+                        Address a, Address g, Address residual, Address weight, int64_t weight_out,
+                        int64_t weight_in, Address scale, Address g1, Address gx, Address s,
+                        Address scratch, double lower, double upper, bool guided, int attribute,
+                        int threads) {
+  PointwiseBackward op = {};
+  op.product = pointwise_of(n, positions, channels_in, channels_out);
+  op.product.x = static_cast<const float*>(in(g));
+  op.product.weight = static_cast<const float*>(in(weight));
+  op.product.weight_out = weight_out, op.product.weight_in = weight_in;
+  op.product.factor = static_cast<const float*>(in(scale));
+  op.product.y = static_cast<float*>(out(gx)), op.product.scratch = static_cast<float*>(out(scratch));
+  op.product.lower = -std::numeric_limits<float>::infinity(), op.product.upper = -op.product.lower;
+  op.a = static_cast<const float*>(in(a)), op.residual = static_cast<const float*>(in(residual));
+  op.g1 = static_cast<float*>(out(g1)), op.s = static_cast<float*>(out(s));
+  op.lower = lower, op.upper = upper, op.guided = guided;
+  op.attribute = static_cast<Attribute>(attribute);
+  threads = usable("pointwise_backward", threads);
+  if (!to_do(op.product)) return;
+  check_memory(op, chosen->pointwise_backward_floats(op, threads));
+  chosen->pointwise_backward(op, threads);
+}
+
 const char* const kChecked = R"(: a launch of csrc/attribution.h.
 
 Raises ValueError for what no launch can have: an unknown code of a dtype, layout, norm or attribute; negative
@@ -242,6 +273,13 @@ PYBIND11_MODULE(_native, m) {
          "shift, residual, y, scratch, lower, upper, threads)");
   m.def("pointwise_floats", &pointwise_floats,
         "(n, positions, channels_in, channels_out, threads): floats of scratch that pointwise needs.");
+  launch(
+      "pointwise_backward", &pointwise_backward,
+      "(n, positions, channels_in, channels_out, a, g, residual, weight, weight_out, weight_in, scale, "
+      "g1, gx, s, scratch, lower, upper, guided, attribute, threads)");
+  m.def("pointwise_backward_floats", &pointwise_backward_floats,
+        "(n, positions, channels_in, channels_out, threads): floats of scratch that pointwise_backward "
+        "needs.");
 #ifdef ATTRFAST_WITH_CUDA
   py::module_ cuda = m.def_submodule("cuda", "Launches of attrfast's CUDA kernels over raw pointers.");
   attrfast::cuda::bind(cuda);

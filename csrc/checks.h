@@ -98,7 +98,7 @@ class Check {
   }
 
   const char* op_;
-  Region regions_[8];
+  Region regions_[12];
   int used_ = 0;
 };
 
@@ -308,6 +308,26 @@ inline void check_memory(const Pointwise& op, double lower, double upper, int64_
   check.may_read("residual", op.residual, y, sizeof(float));
   check.writes("y", op.y, y, sizeof(float), "residual");
   check.writes("scratch", op.scratch, scratch_floats, sizeof(float));
+  check.apart();
+}
+
+inline void check_memory(const PointwiseBackward& op, int64_t scratch_floats) {
+  Check check("pointwise_backward");
+  check_bounds(check, op.lower, op.upper);
+  check.within("attribute", op.attribute, kNone, kBranch);
+  const Pointwise& product = op.product;
+  const int64_t rows = product.n * product.positions, g = rows * product.channels_in;
+  const int64_t weight = reach(
+      check, {{product.channels_out, product.weight_out}, {product.channels_in, product.weight_in}});
+  check.reads("a", op.a, g, sizeof(float));
+  check.reads("g", product.x, g, sizeof(float));
+  check.reads("weight", product.weight, weight, sizeof(float));
+  check.may_read("scale", product.factor, product.channels_in, sizeof(float));
+  if (op.attribute == kBranch) check.reads("residual", op.residual, g, sizeof(float));
+  check.may_write("g1", op.g1, g, sizeof(float), "g");
+  check.writes("gx", product.y, rows * product.channels_out, sizeof(float));
+  if (op.attribute != kNone) check.writes("s", op.s, product.n * product.channels_in, sizeof(float));
+  check.writes("scratch", product.scratch, scratch_floats, sizeof(float));
   check.apart();
 }
 

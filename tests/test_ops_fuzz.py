@@ -246,7 +246,8 @@ WRONG = [
 ]
 SMALL = st.integers(0, 4)
 MOST_ROOMS = 160
-CONVOLUTIONS = {"winograd": 5, "pointwise": 6}  # addresses behind the strides of the weight
+# Addresses behind the strides of the weight, and how many of them are written.
+CONVOLUTIONS = {"winograd": (5, 2), "pointwise": (6, 2), "pointwise_backward": (5, 4)}
 
 
 class Memory:
@@ -294,6 +295,9 @@ def launches(draw: st.DrawFn) -> tuple[str, list[Any], list[str], list[Any], set
                  [9, 36, 1, flag, 0, 0, 0, 4, 5, *bounds, threads], {"y"}),
                 ("pointwise", [shape[2], draw(SMALL), 1 + shape[3], shape[2]], ["x", "weight"],
                  [5, 1, 0, 0, 0, 0, 4, 5, *bounds, threads], {"y"}),
+                ("pointwise_backward", [shape[2], draw(SMALL), 1 + shape[3], shape[2]],
+                 ["a", "g", "residual", "weight"],
+                 [1, 5, 0, 0, 0, 0, 0, *bounds, flag, draw(st.integers(0, 2)), threads], {"gx"}),
             ]
         )
     )  # fmt: skip
@@ -306,10 +310,13 @@ def numbers(draw: st.DrawFn) -> tuple[str, list[Any], set[int]]:
     args: list[Any] = [*first, *(("room", turn) for turn in range(len(addresses))), *last]
     rooms = {turn for turn, address in enumerate(addresses) if address in written}
     if name in CONVOLUTIONS:  # their results and their scratch stand behind other numbers
-        count = CONVOLUTIONS[name]
-        behind = len(args) - 3 - count
-        args[behind : behind + count] = [("room", 2 + turn) for turn in range(count)]
-        rooms = {count, *range(1 + count, MOST_ROOMS)}  # the last one, for scratch, is large
+        count, written = CONVOLUTIONS[name]
+        before = len(addresses)
+        behind = len(first) + before + (4 if name == "winograd" else 2)
+        args[behind : behind + count] = [("room", before + turn) for turn in range(count)]
+        # The last one, for scratch, is large.
+        rooms = {before + count - 1 - turn for turn in range(1, written)}
+        rooms |= set(range(before + count - 1, MOST_ROOMS))
     places = st.lists(st.integers(0, len(args) - 1), max_size=3, unique=True)
     for place in draw(places):
         value = args[place]
@@ -365,6 +372,9 @@ def test_a_native_launch_is_right_or_refuses(case: tuple[str, list[Any], set[int
         ("winograd_floats", (1, (3, 3), 0, 1, (0, 0), 1), "channels_in is 0"),
         ("pointwise_floats", (1, 1, 0, 1, 1), "channels_in is 0"),
         ("pointwise_floats", (2**40, 2**40, 1, 1, 1), "x has too many elements"),
+        ("pointwise_backward_floats", (1, 1, 0, 1, 1), "channels_in is 0"),
+        ("pointwise_backward", (1, 1, 1, 1, 64, 128, 0, 192, 1, 1, 0, 0, 256, 320, 384, 0.0, 1.0, False, 2, 1),
+         "residual is null"),
         ("pointwise", (1, 1, 1, 1, 64, 128, 1, -1, 0, 0, 0, 0, 192, 256, 0.0, 1.0, 1),
          "a stride of the weight is -1"),
         ("pointwise", (1, 1, 1, 1, 64, 128, 1, 1, 0, 0, 0, 0, 128, 256, 0.0, 1.0, 1),

@@ -148,6 +148,64 @@ def test_the_bits_depend_on_neither_threads_nor_neighbours(shape: tuple[int, ...
     assert all(torch.equal(result, alone) for result in results)
 
 
+def gradients(shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """a, g and a weight, and what else the backward may read: its bounds are met by some of a."""
+    g, weight, _ = tensors(shape, transposed=True)
+    generator = torch.Generator().manual_seed(shape[1])
+    a, residual = (laid(torch.randn(g.shape, generator=generator)) for _ in range(2))
+    scale = torch.randn(shape[1], generator=generator)
+    return a.clamp(0.0, 1.0), g, weight, {"residual": residual, "scale": scale}
+
+
+@pytest.mark.parametrize("split", [None, "new", "in place"], ids=["alone", "with g1", "g1 is g"])
+@pytest.mark.parametrize("attribute", [0, 1, 2])
+@pytest.mark.parametrize(("upper", "guided"), [(1.0, False), (reference.INF, True)])
+@pytest.mark.parametrize("shape", [CASES[2], CASES[-2], CASES[-1], (2, 20, 40, 17, 19)], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_gradient_is_masked_and_measured_on_its_way(
+    isa: str, shape: tuple[int, ...], upper: float, guided: bool, attribute: int, split: str | None
+) -> None:
+    a, g, weight, more = gradients(shape)
+    given = a, g, weight, more["residual"], more["scale"]
+    rules = 0.0, upper, guided, attribute
+    want = reference.pointwise_backward(*(x.double() for x in given), *rules)
+    g1 = {None: None, "new": torch.full_like(g, torch.nan), "in place": g}[split]
+    with using(isa):
+        gx, s = pointwise.gradient(*given, *rules, g1=g1, buffers=Poisoned())
+    torch.testing.assert_close(gx.double(), want[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(s.double(), want[2], rtol=0, atol=2e-5)
+    assert g1 is None or torch.equal(g1.double(), want[1])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_gradient_passes_where_nothing_was_clamped(isa: str) -> None:
+    a, g, weight, _ = gradients((1, 20, 18, 2, 8))
+    a[0, 3, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0, 6, 1, 2, 3])
+    for upper in (6.0, reference.INF):
+        want = reference.pointwise_backward(a, g, weight, upper=upper)
+        with using(isa):
+            gx, s = pointwise.gradient(a, g, weight, upper=upper)
+        torch.testing.assert_close(gx, want[0], rtol=0, atol=2e-5)
+        torch.testing.assert_close(s, want[2], rtol=0, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [CASES[0], *CASES[-4:], (2, 20, 40, 17, 19)], ids=str)
+def test_the_bits_of_a_gradient_depend_on_neither_threads_nor_neighbours(shape: tuple[int, ...]) -> None:
+    a, g, weight, _ = gradients(shape)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5, 8):
+            torch.set_num_threads(threads)
+            results.append(pointwise.gradient(a, g, weight))
+    finally:
+        torch.set_num_threads(before)
+    pairs = zip(a.split(1), g.split(1), strict=True)
+    alone = [pointwise.gradient(*pair, weight) for pair in pairs]
+    for gx, s in results:
+        assert torch.equal(gx, torch.cat([one[0] for one in alone]))
+        assert torch.equal(s, torch.cat([one[1] for one in alone]))
+
+
 def test_it_is_about_as_exact_as_the_librarys() -> None:
     """Where the library adds partial sums, it loses less: two and a half times less of 1,024 channels."""
     x, weight, _ = tensors((4, 1024, 64, 14, 14))
@@ -262,32 +320,43 @@ def trained_statistics(name: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every launch of a pass, whether it was for an input's gradient."""
-    made: list[bool] = []
-    real = pointwise.convolve
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What every launch of a pass was for."""
+    made: list[str] = []
 
-    def noted(*args: object, **kwargs: object) -> Tensor:
-        made.append(bool(kwargs.get("transposed")))
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+    def note(name: str) -> None:
+        real = getattr(pointwise, name)
 
-    monkeypatch.setattr(pointwise, "convolve", noted)
+        def noted(*args: object, **kwargs: object) -> object:
+            made.append("transposed" if kwargs.get("transposed") else name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(pointwise, name, noted)
+
+    note("convolve")
+    note("gradient")
     return made
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "taylor_guided", "attribution", "apoz"])
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_a_pass_gives_the_scores_of_float64(name: str, criterion: str, calls: list[bool]) -> None:
+def test_a_pass_gives_the_scores_of_float64(name: str, criterion: str, calls: list[str]) -> None:
     net, data = trained_statistics(name)
     got = attrfast.attribute(net, data, criterion, progress=False)
-    assert calls.count(False) >= 3
+    assert calls.count("convolve") >= 3
     wide = [(images.double(), labels) for images, labels in data]
     want = attrfast.attribute(copy.deepcopy(net).double(), wide, criterion, progress=False)
     assert (got.importance - want.importance).norm() <= 1e-5 * want.importance.norm()
 
 
-@pytest.mark.parametrize(("name", "count"), [("bottleneck", 4), ("inverted residual", 3), ("dense", 3)])
-def test_a_pass_uses_it_forward_and_backward(name: str, count: int, calls: list[bool]) -> None:
+@pytest.mark.parametrize(
+    ("name", "forward", "fused", "transposed"),
+    [("bottleneck", 4, 2, 2), ("inverted residual", 3, 2, 1), ("dense", 3, 2, 1)],
+)
+def test_a_pass_uses_it_forward_and_backward(
+    name: str, forward: int, fused: int, transposed: int, calls: list[str]
+) -> None:
     net, data = trained_statistics(name)
     attrfast.attribute(net, data, "attribution", progress=False)
-    assert (calls.count(False), calls.count(True)) == (count, count)
+    made = {each: calls.count(each) for each in ("convolve", "gradient", "transposed")}
+    assert made == {"convolve": forward, "gradient": fused, "transposed": transposed}

@@ -303,6 +303,9 @@ static void attribution_typed(const Shape& shape, const Attribution& op, int thr
 #include "pointwise.inl"
 #include "winograd.inl"
 
+// And this one the convolution.
+#include "pointwise_backward.inl"
+
 // -- dispatch ---------------------------------------------------------------------------------------
 
 #define ATTRFAST_BY_DTYPE(dtype, call) \
@@ -379,12 +382,13 @@ static void segment_normalize(Dtype dtype, const SegmentNormalize& op, int threa
   ATTRFAST_BY_DTYPE(dtype, (segment_normalize_typed<T>(op, threads)))
 }
 
-static const Kernels kernels = {ATTRFAST_ISA_NAME,    affine_relu,
-                                affine_relu_backward, attribution,
-                                affine_relu_max_pool, affine_relu_max_pool_backward,
-                                segment_normalize,    winograd,
-                                winograd_floats,      pointwise,
-                                pointwise_floats};
+static const Kernels kernels = {ATTRFAST_ISA_NAME,        affine_relu,
+                                affine_relu_backward,     attribution,
+                                affine_relu_max_pool,     affine_relu_max_pool_backward,
+                                segment_normalize,        winograd,
+                                winograd_floats,          pointwise,
+                                pointwise_floats,         pointwise_backward,
+                                pointwise_backward_floats};
 
 }  // namespace ATTRFAST_ISA
 }  // namespace attrfast

@@ -19,7 +19,8 @@ struct PointwisePlan {
   int64_t packed;      // a panel of the weight
   int64_t whole, own;  // what all threads read, and what each has for itself
 
-  explicit PointwisePlan(const Pointwise& op)
+  // `summed`: every thread has a sum a channel, besides.
+  explicit PointwisePlan(const Pointwise& op, bool summed = false)
       : positions(op.n * op.positions),
         in_vectors(ceil_div(op.channels_in, kLanes)),
         out_vectors(ceil_div(op.channels_out, kLanes)),
@@ -33,9 +34,13 @@ struct PointwisePlan {
     }
     step = (block + 1) * kLanes;  // one more: no two vectors lie a power of two apart
     whole = whole_weight ? packed * panels : in_vectors * step;
-    own = whole_weight ? in_vectors * step : packed;
+    own = (whole_weight ? in_vectors * step : packed) + (summed ? in_vectors * kLanes : 0);
   }
   int64_t floats(int threads) const { return whole + threads * own; }
+  float* mine(const Pointwise& op, int64_t share) const { return op.scratch + whole + share * own; }
+  float* sums(const Pointwise& op, int64_t share) const {
+    return mine(op, share + 1) - in_vectors * kLanes;
+  }
   // Output channels of a panel; the last one may be one vector wide.
   int64_t width(int64_t panel) const { return smaller(2, out_vectors - 2 * panel) * kLanes; }
 
@@ -123,10 +128,6 @@ static void pointwise_panel(const Pointwise& op, const PointwisePlan& plan, cons
   run(op, x, plan.step, start, count, channel, u);
 }
 
-static int64_t pointwise_floats(const Pointwise& op, int threads) {
-  return PointwisePlan(op).floats(threads);
-}
-
 // The vectors of one position to where they lie `step` apart.
 static inline void copy_position(const Pointwise& op, const PointwisePlan& plan, int64_t position,
                                  float* to) {
@@ -137,8 +138,11 @@ static inline void copy_position(const Pointwise& op, const PointwisePlan& plan,
   if (c < op.channels_in) store_vector(to, load_lanes<false>(from + c, op.channels_in - c));
 }
 
-static void pointwise(const Pointwise& op, int threads) {
-  const PointwisePlan plan(op);
+// The convolution. bound(i) is where the i-th of `threads` shares of the positions begins, and
+// load(first, last, share, to) brings positions to where the products read them.
+template <class Bound, class Load>
+static void multiply_positions(const Pointwise& op, const PointwisePlan& plan, int threads, Bound bound,
+                               Load load) {
   float* const whole = op.scratch;
 #pragma omp parallel num_threads(threads)
   {
@@ -150,16 +154,19 @@ static void pointwise(const Pointwise& op, int threads) {
       }
     } else {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < plan.positions; ++i) copy_position(op, plan, i, whole + i * kLanes);
+      for (int64_t share = 0; share < threads; ++share) {
+        const int64_t start = bound(share);
+        load(start, bound(share + 1), share, whole + start * kLanes);
+      }
     }
 #pragma omp for schedule(static)
     for (int64_t share = 0; share < threads; ++share) {
-      float* const mine = whole + plan.whole + share * plan.own;
+      float* const mine = plan.mine(op, share);
       if (plan.whole_weight) {
-        const int64_t end = plan.positions * (share + 1) / threads;
-        for (int64_t start = plan.positions * share / threads; start < end; start += plan.block) {
+        const int64_t end = bound(share + 1);
+        for (int64_t start = bound(share); start < end; start += plan.block) {
           const int64_t count = smaller(plan.block, end - start);
-          for (int64_t i = 0; i < count; ++i) copy_position(op, plan, start + i, mine + i * kLanes);
+          load(start, start + count, share, mine);
           for (int64_t panel = 0; panel < plan.panels; ++panel)
             pointwise_panel(op, plan, mine, start, count, panel, whole + panel * plan.packed);
         }
@@ -172,4 +179,17 @@ static void pointwise(const Pointwise& op, int threads) {
       }
     }
   }
+}
+
+static int64_t pointwise_floats(const Pointwise& op, int threads) {
+  return PointwisePlan(op).floats(threads);
+}
+
+static void pointwise(const Pointwise& op, int threads) {
+  const PointwisePlan plan(op);
+  multiply_positions(
+      op, plan, threads, [&](int64_t share) { return plan.positions * share / threads; },
+      [&](int64_t first, int64_t last, int64_t, float* to) {
+        for (int64_t i = first; i < last; ++i, to += kLanes) copy_position(op, plan, i, to);
+      });
 }

@@ -19,6 +19,12 @@ static inline Vector load_vector(const float* from) {
 
 static inline void store_vector(float* to, Vector v) { __builtin_memcpy(to, &v, sizeof v); }
 
+// What a loop's body is told at compile time.
+template <bool kValue>
+struct Is {
+  static constexpr bool value = kValue;
+};
+
 // The first `count` lanes; the others are zero, or left alone. Loops tell whole vectors apart (kWhole), so
 // that nothing is decided within them.
 template <bool kWhole>

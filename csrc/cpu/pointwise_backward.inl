@@ -1,0 +1,114 @@
+// The gradient for what a 1x1 convolution read, straight from that for the output of its stage: where the gradient
+// passes the clamp, and the attribution, are found while positions are brought to the products. Included by
+// kernels.inl.
+
+// How positions are cut for the sums, by shape alone: a sample in slots, each summed by one thread.
+struct Slots {
+  int64_t positions, per_sample, size, count;
+
+  explicit Slots(const Pointwise& op)
+      : positions(op.positions),
+        per_sample(smaller(8, ceil_div(op.positions, 2 * kRows))),
+        size(ceil_div(op.positions, per_sample)),
+        count(op.n * per_sample) {}
+  int64_t start(int64_t slot) const {
+    return slot / per_sample * positions + smaller(positions, slot % per_sample * size);
+  }
+  int64_t of(int64_t position) const {
+    return position / positions * per_sample + position % positions / size;
+  }
+};
+
+// Positions of one group of kRows within a slot: g1 to the products, and what they add to the attribution to acc.
+template <bool kGuided, bool kSplit, Attribute kWhat>
+static void mask_rows(const PointwiseBackward& op, const PointwisePlan& plan, int64_t first,
+                      int64_t last, float* to, float* acc) {
+  const int64_t channels = op.product.channels_in;
+  const Vector lower = Vector{} + stored_bound<float>(op.lower, -__builtin_inf()),
+               upper = Vector{} + stored_bound<float>(op.upper, __builtin_inf()), zero = {};
+  const auto mask = [&](auto whole, int64_t at, int64_t c, float* place) {
+    constexpr bool kWhole = decltype(whole)::value;
+    const int64_t count = channels - c;
+    const Vector a = load_lanes<kWhole>(op.a + at + c, count);
+    const Vector g = load_lanes<kWhole>(op.product.x + at + c, count);
+    Vector inside = a <= lower ? zero : g;  // comparisons with NaN are false, so NaN passes
+    inside = a >= upper ? zero : inside;
+    if (kGuided) inside = g > zero ? inside : zero;
+    if (kSplit) store_lanes<kWhole>(op.g1 + at + c, inside, count);
+    store_vector(place, inside);
+    if (kWhat == kNone) return;
+    Vector flow = a * g;
+    if (kWhat == kBranch) flow = (a - load_lanes<kWhole>(op.residual + at + c, count)) * inside;
+    store_vector(acc + c, load_vector(acc + c) + flow);
+  };
+  for (int64_t i = first; i < last; ++i, to += kLanes) {
+    float* place = to;
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes, place += plan.step)
+      mask(Is<true>{}, i * channels, c, place);
+    if (c < channels) mask(Is<false>{}, i * channels, c, place);
+  }
+}
+
+template <bool kGuided, bool kSplit, Attribute kWhat>
+static void pointwise_backward_typed(const PointwiseBackward& op, int threads) {
+  const Pointwise& product = op.product;
+  const PointwisePlan plan(product, true);
+  const Slots slots(product);
+  const int64_t channels = product.channels_in;
+  double* const partial = kWhat == kNone ? nullptr : new double[slots.count * channels];
+  multiply_positions(
+      product, plan, threads, [&](int64_t share) { return slots.start(slots.count * share / threads); },
+      [&](int64_t first, int64_t last, int64_t share, float* to) {
+        float* const acc = plan.sums(product, share);
+        for (int64_t stop = first; first < last; first = stop) {
+          const int64_t slot = slots.of(first), begin = slots.start(slot);
+          const int64_t group = begin + (first - begin) / kRows * kRows;
+          const int64_t end = smaller(slots.start(slot + 1), group + kRows);
+          stop = smaller(last, end);
+          if (kWhat != kNone && first == group) {
+            for (int64_t c = 0; c < plan.in_vectors * kLanes; ++c) acc[c] = 0;
+          }
+          mask_rows<kGuided, kSplit, kWhat>(op, plan, first, stop, to, acc);
+          to += (stop - first) * kLanes;
+          if (kWhat == kNone || stop < end) continue;  // the next block goes on
+          double* const sum = partial + slot * channels;
+          if (group == begin) {
+            for (int64_t c = 0; c < channels; ++c) sum[c] = 0;
+          }
+          for (int64_t c = 0; c < channels; ++c) sum[c] += acc[c];
+        }
+      });
+  if (kWhat == kNone) return;
+  for (int64_t n = 0; n < product.n; ++n) {
+    for (int64_t c = 0; c < channels; ++c) {
+      double total = 0;
+      for (int64_t i = 0; i < slots.per_sample; ++i)
+        total += partial[(n * slots.per_sample + i) * channels + c];
+      op.s[n * channels + c] = static_cast<float>(total);
+    }
+  }
+  delete[] partial;
+}
+
+template <bool kGuided, bool kSplit>
+static void pointwise_backward_what(const PointwiseBackward& op, int threads) {
+  switch (op.attribute) {
+    case kNone: return pointwise_backward_typed<kGuided, kSplit, kNone>(op, threads);
+    case kOutput: return pointwise_backward_typed<kGuided, kSplit, kOutput>(op, threads);
+    case kBranch: return pointwise_backward_typed<kGuided, kSplit, kBranch>(op, threads);
+  }
+}
+
+static void pointwise_backward(const PointwiseBackward& op, int threads) {
+  const bool split = op.g1 != nullptr;
+  const auto run =
+      op.guided ? (split ? pointwise_backward_what<true, true> : pointwise_backward_what<true, false>)
+      : split   ? pointwise_backward_what<false, true>
+                : pointwise_backward_what<false, false>;
+  run(op, threads);
+}
+
+static int64_t pointwise_backward_floats(const PointwiseBackward& op, int threads) {
+  return PointwisePlan(op.product, true).floats(threads);
+}
