@@ -19,7 +19,7 @@ ENABLED = True  # benchmarks and tests turn it off to compare
 
 
 def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = False) -> bool:
-    """Whether `convolve` takes a convolution; arguments as there."""
+    """Whether `convolve` takes a convolution, and is not slower than the library; arguments as there."""
     return (
         ENABLED
         and x.dim() == 4
@@ -37,7 +37,16 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = F
         and channels_lie_together(x)
         and not torch.is_autocast_enabled(x.device.type)
         and backend_for(x.device).has_pointwise
+        and _pays(x.shape[1], weight.shape[1 if transposed else 0])
     )
+
+
+def _pays(reads: int, makes: int) -> bool:
+    """Whether it is not slower than the library's, by the measurements in docs/pointwise.md.
+
+    Of three channels the products are the smaller part; where many become few, the copies of x are felt.
+    """
+    return reads >= 8 and (makes >= 32 or reads < 512)
 
 
 def convolve(

@@ -227,9 +227,14 @@ PLAIN = Geometry([1, 1], [0, 0], [1, 1], 1)
         (laid(torch.ones(4, 32, 8, 8)), torch.ones(32, 16, 1, 1), PLAIN._replace(groups=2)),
         (laid(torch.ones(4, 32, 8, 8)), torch.ones(32, 32, 1, 1), PLAIN._replace(stride=[2, 1])),
         (laid(torch.ones(4, 32, 8, 8)), torch.ones(32, 32, 1, 1), PLAIN._replace(padding=[0, 1])),
+        (laid(torch.ones(4, 3, 8, 8)), torch.ones(32, 3, 1, 1), PLAIN),
+        (laid(torch.ones(4, 512, 8, 8)), torch.ones(8, 512, 1, 1), PLAIN),
         (laid(torch.ones(0, 32, 8, 8)), torch.ones(32, 32, 1, 1), PLAIN),
     ],
-    ids=["contiguous", "float64", "3x3", "1x3", "grouped", "strided", "padded", "empty"],
+    ids=[
+        *("contiguous", "float64", "3x3", "1x3", "grouped", "strided", "padded"),
+        *("few channels", "many to few", "empty"),
+    ],
 )
 def test_the_library_convolves_what_is_not_for_it(x: Tensor, weight: Tensor, geometry: Geometry) -> None:
     assert not pointwise.suits(x, weight, geometry)
