@@ -365,3 +365,15 @@ def test_a_pass_uses_it_forward_and_backward(
     attrfast.attribute(net, data, "attribution", progress=False)
     made = {each: calls.count(each) for each in ("convolve", "gradient", "transposed")}
     assert made == {"convolve": forward, "gradient": fused, "transposed": transposed}
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_a_contiguous_pass_gives_the_scores_of_float64_too(name: str, calls: list[str]) -> None:
+    net, data = trained_statistics(name)
+    net = net.to(memory_format=torch.contiguous_format)
+    data = [(images.contiguous(), labels) for images, labels in data]
+    got = attrfast.attribute(net, data, "attribution", progress=False)
+    assert calls.count("gradient") >= 2
+    wide = [(images.double(), labels) for images, labels in data]
+    want = attrfast.attribute(copy.deepcopy(net).double(), wide, "attribution", progress=False)
+    assert (got.importance - want.importance).norm() <= 1e-5 * want.importance.norm()
