@@ -24,7 +24,7 @@ from attrfast.map_statistics import Counted
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.reference import compute_dtype
 from attrfast.signatures import batch_norm_arguments, bound_arguments
-from attrfast.stages import INF, Stage, pool_geometry
+from attrfast.stages import INF, Stage, has_room, pool_geometry
 from attrfast.taps import Tap, folded_batch_norm
 from attrfast.trace import Call, CallMode, State, is_silent
 
@@ -613,6 +613,9 @@ class PlanMode(CallMode):
             if first:
                 self._start(run, index, args[0] if args else kwargs["input"])
             kernel, stride, padding, _, ceil_mode = pool_geometry(args, kwargs)
+            assert run.z is not None
+            if not has_room(run.z.shape, kernel, padding):
+                raise PlanMismatchError(f"call {index} pools with a window larger than its input")
             run.pool = kernel, stride, padding, ceil_mode
         else:
             other = args[1] if self.numbering.values.get(args[0]) != stage.residual else args[0]

@@ -6,6 +6,7 @@ op. Must not know about units or attribution.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -222,8 +223,14 @@ def _is_pool(call: Call, record: Trace) -> bool:
     source = argument(call, 0, "input")
     if not isinstance(source, Ref) or len(record.shapes[source.value]) != 4:
         return False
-    kernel, _, _, dilation, _ = pool_geometry(call.args, call.kwargs)
-    return kernel[0] * kernel[1] <= 255 and dilation == [1, 1]
+    kernel, _, padding, dilation, _ = pool_geometry(call.args, call.kwargs)
+    room = has_room(record.shapes[source.value], kernel, padding)
+    return room and kernel[0] * kernel[1] <= 255 and dilation == [1, 1]
+
+
+def has_room(shape: Sequence[int], kernel: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether a window fits into a map (N, C, H, W). With `ceil_mode`, PyTorch pools where none does, too."""
+    return all(n + 2 * p >= k for n, k, p in zip(shape[2:], kernel, padding, strict=True))
 
 
 def pool_geometry(

@@ -108,6 +108,25 @@ def test_a_tap_sinks_through_pooling() -> None:
     assert_same(fast, called)
 
 
+@pytest.mark.parametrize(("recorded", "scored"), [(8, 8), (4, 4), (8, 4), (4, 8)])
+def test_a_window_larger_than_the_map_is_pytorchs(recorded: int, scored: int) -> None:
+    """Rounding up, PyTorch pools a map of one position by a window of two."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, stride=4, padding=1), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),
+        *(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
+    ).double()
+    found = discover(model, (torch.randn(2, 3, recorded, recorded, dtype=torch.float64),))
+    images = torch.randn(2, 3, scored, scored, dtype=torch.float64)
+    both = [
+        Runner(model, found, guided=False, absolute=False, fused=fused).run(
+            lambda: model(images), lambda out: (out * torch.arange(3)).sum(), 2
+        )
+        for fused in (True, False)
+    ]
+    assert_same(*both)
+
+
 def test_other_calls_than_the_recorded_ones_are_met_by_the_call_tier() -> None:
     torch.manual_seed(0)
     model = lived_in(DataDependent()).double()
