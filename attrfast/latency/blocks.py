@@ -35,7 +35,7 @@ def liked_block(samples: Mapping[str, Sequence[Sample]], counts: Mapping[str, in
             if s.outputs >= 16 and (
                 s.inputs == 1 or s.inputs >= 16
             ):  # within one block all cost the same
-                took[block] += counts[key] * s.low
+                took[block] += counts[key] * s.median
                 expected[block] += counts[key] * smooth.law(s.inputs, s.outputs)
     ratios = {block: took[block] / expected[block] for block in _BLOCKS if expected[block] > 0}
     liked = 1

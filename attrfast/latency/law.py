@@ -33,7 +33,6 @@ class Sample:
 class Law:
     """Seconds of a layer over both widths.
 
-    A layer's time is the lower quartile of its passes: what disturbs a pass makes it longer, never shorter.
     No coefficient is negative, so that no filter less makes the law slower. The prediction is the law times
     what the samples around, weighted by distance, took more than it says. Widths that are divisible by the
     same powers of two are nearer to each other: odd ones cost more than the blocks that they fill up.
@@ -48,7 +47,7 @@ class Law:
         self._block, self._even = block, _EVEN if product else 0.0
         inputs, outputs, seconds = (
             np.array([getattr(s, name) for s in samples], dtype=np.float64)
-            for name in ("inputs", "outputs", "low")
+            for name in ("inputs", "outputs", "median")
         )
         features = self._features(inputs, outputs)
         self._coefficients = _not_negative(features / seconds[:, None], range(4) if product else (0, 2))

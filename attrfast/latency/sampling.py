@@ -75,7 +75,9 @@ def sample(
 def _watched(
     model: nn.Module, inputs: Inputs, device: torch.device, passes: int, calls: int
 ) -> torch.Tensor:
-    """(passes, calls) seconds, without what watching costs: they add up to passes that nobody watches."""
+    """(passes, calls) seconds, without what watching costs: their medians add up to that of passes which nobody
+    watches. (Where something disturbs one call or another, medians add up to less than that of the sums.)
+    """
     seconds, alone = [], []
     for _ in range(passes + 1):
         alone.append(whole_pass_seconds(model, *inputs, device))
@@ -86,8 +88,10 @@ def _watched(
                 f"only be predicted for one that makes the same calls in every pass"
             )
     found = torch.tensor(seconds[1:], dtype=torch.float64)  # libraries choose their kernels in the first
-    excess = float(found.sum(1).median()) - statistics.median(alone[1:])
-    return torch.maximum(found - excess / calls, found / 4)
+    usual = statistics.median(alone[1:])
+    excess = float(found.sum(1).median()) - usual
+    found = torch.maximum(found - excess / calls, found / 4)
+    return found * (usual / float(found.median(0).values.sum()))
 
 
 def _summed_up(inputs: int, outputs: int, took: list[float]) -> Sample:
