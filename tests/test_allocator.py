@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 
@@ -27,15 +29,18 @@ def ordinary(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def usual_pages(megabytes: int) -> float:
+    """New pages in most of several turns: what lies around may cost one or two of them."""
+    return statistics.median(new_pages(megabytes) for _ in range(9))
+
+
 @pytest.mark.skipif(allocator._glibc() is None, reason="another malloc")
 def test_passes_are_timed_in_memory_that_is_there(ordinary: pytest.MonkeyPatch) -> None:
     with allocator.memory_is_kept(CPU):
-        for _ in range(3):
-            new_pages(64)
-        assert max(new_pages(megabytes) for megabytes in (64, 40, 64)) < 100
-    assert new_pages(64) > 10_000, "the memory was not given back"
-    new_pages(20)
-    assert new_pages(20) < 100, "smaller memory is taken anew, which it was not before"
+        assert usual_pages(64) < 100
+        assert usual_pages(40) < 100
+    assert usual_pages(64) > 10_000, "memory is not given back any more"
+    assert usual_pages(20) < 100, "smaller memory is taken anew, which it was not before"
 
 
 def test_malloc_stays_as_the_user_has_set_it(ordinary: pytest.MonkeyPatch) -> None:
