@@ -96,6 +96,11 @@ def empty_channels_last(buffers: Buffers | None, shape: Sequence[int]) -> torch.
     return torch.empty_strided(tuple(shape), strides, dtype=torch.float32)
 
 
+def scratch_for(buffers: Buffers | None, floats: int) -> torch.Tensor:
+    """(floats,) float32 of any values, for the length of a launch: of buffers, if they are given."""
+    return torch.empty(floats) if buffers is None else buffers.scratch(floats)
+
+
 def _calm_allocator() -> None:
     """Lets glibc keep the pages of what a pass makes elsewhere, as the library's convolutions do.
 

@@ -1,4 +1,4 @@
-"""Convolutions by PyTorch where it takes the slower of its ways, or wants an input that was not kept.
+"""What all convolutions share, and those by PyTorch where it takes the slower of its ways.
 
 Must not know what they are for.
 """
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+from attrfast.layouts import aligned, channels_lie_together
 
 
 class Geometry(NamedTuple):
@@ -24,6 +26,24 @@ def each(value: Any, count: int) -> list[int]:
     """A number for every one of `count` dimensions, from one number or a sequence."""
     values = [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)]
     return values * count if len(values) == 1 else values
+
+
+def may_be_ours(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> bool:
+    """Whether these are tensors that kernels of our own convolve: float32, channels-last, without autocast.
+
+    Args:
+        transposed: x is a gradient for the convolution's output.
+    """
+    return (
+        x.dim() == 4
+        and x.dtype == weight.dtype == torch.float32
+        and x.device == weight.device
+        and weight.shape[0 if transposed else 1] == x.shape[1]
+        and aligned(x)
+        and aligned(weight)
+        and channels_lie_together(x)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 _MANY = 16  # samples from which PyTorch takes oneDNN in any case

@@ -202,6 +202,8 @@ def _in_one_launch(
     assert run.geometry is not None
     assert run.weight is not None
     shape, strides, dtype = run.x_like
+    if run.weight.shape[2:] != (1, 1):  # before anything is copied
+        return None
     if not run.clamps or run.pool is not None or dtype != g.dtype or len(shape) != 4 or strides[1] != 1:
         return None
     grad = laid(g, True)
@@ -537,13 +539,18 @@ class PlanMode(CallMode):
         """What a call outside stages has made of values that lie another way than the model would lay them."""
         if len(made) == 1 and made[0].dim() == 4 and channels_lie_together(made[0]):
             (value,) = call.outputs
-            if value in self.plan.free:
-                self.turned.add(value)
-            else:
-                out = made[0].contiguous()
-                self.numbering.values.put(out, value)
-                made = [out]
+            left = self._left_turned(made[0], value)
+            if left is not made[0]:
+                self.numbering.values.put(left, value)
+                return left, [left]
         return out, made
+
+    def _left_turned(self, x: Tensor, value: int) -> Tensor:
+        """A value that lies another way: as it is, where nobody sees it, or laid as the model would lay it."""
+        if value not in self.plan.free:
+            return x.contiguous()
+        self.turned.add(value)
+        return x
 
     # -- calls outside stages ------------------------------------------------------------------------
 
@@ -732,8 +739,4 @@ class PlanMode(CallMode):
         if run.counted is not None:
             run.counted(torch.cat(run.counts), positions)
         run.counts.clear()
-        if run.turned and value in self.plan.free:
-            self.turned.add(value)
-        elif run.turned:
-            out = out.contiguous()
-        return out
+        return self._left_turned(out, value) if run.turned else out

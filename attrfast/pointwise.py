@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from attrfast._backend import backend_for
-from attrfast.buffers import Buffers, empty_channels_last
-from attrfast.convolution import Geometry
-from attrfast.layouts import aligned, channels_lie_together, laid
+from attrfast.buffers import Buffers, empty_channels_last, scratch_for
+from attrfast.convolution import Geometry, may_be_ours
+from attrfast.layouts import laid
 from attrfast.reference import INF
 
 Tensor = torch.Tensor
@@ -22,20 +22,13 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = F
     """Whether `convolve` takes a convolution, and is not slower than the library; arguments as there."""
     return (
         ENABLED
-        and x.dim() == 4
-        and x.dtype == weight.dtype == torch.float32
-        and x.device == weight.device
         and weight.shape[2:] == (1, 1)
-        and weight.shape[0 if transposed else 1] == x.shape[1]
+        and may_be_ours(x, weight, transposed)
         and geometry.stride == [1, 1]
         and geometry.padding == [0, 0]
         and geometry.groups == 1
         and x.numel() > 0
         and weight.numel() > 0
-        and aligned(x)
-        and aligned(weight)
-        and channels_lie_together(x)
-        and not torch.is_autocast_enabled(x.device.type)
         and backend_for(x.device).has_pointwise
         and _pays(x.shape[1], weight.shape[1 if transposed else 0])
     )
@@ -83,7 +76,7 @@ def convolve(
         out = empty_channels_last(buffers, (len(x), channels, *x.shape[2:]))
     backend = backend_for(x.device)
     floats = backend.pointwise_floats(x, channels)
-    scratch = torch.empty(floats) if buffers is None else buffers.scratch(floats)
+    scratch = scratch_for(buffers, floats)
     vectors = (None if v is None else laid(v, False) for v in (factor, scale, shift))
     other = None if residual is None else laid(residual, True)
     backend.pointwise(x, weight, transposed, *vectors, other, lower, upper, out, scratch)
@@ -118,7 +111,7 @@ def gradient(
     s = g.new_empty(g.shape[:2]) if attribute else g.new_zeros(g.shape[:2])
     backend = backend_for(g.device)
     floats = backend.pointwise_backward_floats(g, weight.shape[1])
-    scratch = torch.empty(floats) if buffers is None else buffers.scratch(floats)
+    scratch = scratch_for(buffers, floats)
     scale = None if scale is None else laid(scale, False)
     other = laid(residual, True) if residual is not None and attribute == 2 else None
     backend.pointwise_backward(

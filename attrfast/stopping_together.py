@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from attrfast.batches import Batch
-from attrfast.confidence import FIRST, GROWTH, deviations
+from attrfast.confidence import FIRST, GROWTH, Groups, deviations
 from attrfast.distributed import Group
 from attrfast.errors import DistributedError
 from attrfast.stopping import Stop
@@ -78,9 +79,8 @@ class StopTogether:
             pass
 
     def _meet(self, stop: Stop | None, part: float, *, finished: bool) -> bool:
-        mine = None
+        mine, sums = None, [] if stop is None else stop.read()
         if stop is not None:
-            sums = stop.read()
             mine = _Told(stop.samples, part, stop.ascending, len(sums), len(sums[0][0]))
         met = self._group.meet("looking", (finished, mine))
         self._over = all(done for done, _ in met)
@@ -95,7 +95,7 @@ class StopTogether:
                     f"rank {rank} scores {tale.units} units by {tale.criteria} criteria, and rank {first} "
                     f"{one.units} by {one.criteria}; give all processes the same model and arguments"
                 )
-        joined = self._joined(stop, one, read)
+        joined = self._joined(sums, one, read)
         known = all(tale.part > 0 for tale in told.values())
         whole = sum(tale.samples / tale.part for tale in told.values()) if known else 0.0
         settled = stop is not None and stop.look(
@@ -104,14 +104,16 @@ class StopTogether:
         verdict: bool = self._group.meet("whether the filters are settled", settled)[first]
         return verdict
 
-    def _joined(self, stop: Stop | None, one: _Told, read: int) -> list[_Joined]:
+    def _joined(
+        self, mine: Sequence[tuple[torch.Tensor, Groups]], one: _Told, read: int
+    ) -> list[_Joined]:
         """For each criterion, the groups of all processes."""
         shape = one.criteria, self._group.size, self._slots, 1 + one.units
         table = torch.zeros(shape, dtype=torch.float64)
-        for mine, (_, groups) in zip(table, stop.read() if stop is not None else (), strict=False):
+        for rows, (_, groups) in zip(table, mine, strict=False):  # no data, no groups
             sums, count = groups.sums(self._slots)
-            mine[self._group.rank, : len(sums), 0] = count
-            mine[self._group.rank, : len(sums), 1:] = sums
+            rows[self._group.rank, : len(sums), 0] = count
+            rows[self._group.rank, : len(sums), 1:] = sums
         joined = []
         for whole in self._group.add_up("looking", table):
             rows = whole.flatten(0, 1)

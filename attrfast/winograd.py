@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from attrfast._backend import backend_for
-from attrfast.buffers import Buffers, empty_channels_last
-from attrfast.convolution import Geometry
-from attrfast.layouts import aligned, channels_lie_together, laid
+from attrfast.buffers import Buffers, empty_channels_last, scratch_for
+from attrfast.convolution import Geometry, may_be_ours
+from attrfast.layouts import laid
 from attrfast.reference import INF
 
 Tensor = torch.Tensor
@@ -23,19 +23,12 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = F
     stride, padding, dilation, groups = geometry
     return (
         ENABLED
-        and x.dim() == 4
-        and x.dtype == weight.dtype == torch.float32
-        and x.device == weight.device
         and weight.shape[2:] == (3, 3)
-        and weight.shape[0 if transposed else 1] == x.shape[1]
+        and may_be_ours(x, weight, transposed)
         and stride == dilation == [1, 1]
         and groups == 1
         and max(padding) <= 2
         and weight.stride(2) == 3 * weight.stride(3)
-        and aligned(x)
-        and aligned(weight)
-        and channels_lie_together(x)
-        and not torch.is_autocast_enabled(x.device.type)
         and backend_for(x.device).has_winograd
         and _pays(
             x.shape[1], weight.shape[1 if transposed else 0], len(x), *_sizes(x, padding, transposed)
@@ -93,7 +86,7 @@ def convolve(
         padding = [2 - p for p in padding]
     backend = backend_for(x.device)
     floats = backend.winograd_floats(x, channels, padding)
-    scratch = torch.empty(floats) if buffers is None else buffers.scratch(floats)
+    scratch = scratch_for(buffers, floats)
     scale, shift = (None if v is None else laid(v, False) for v in (scale, shift))
     other = None if residual is None else laid(residual, True)
     backend.winograd(x, weight, padding, transposed, scale, shift, other, lower, upper, out, scratch)

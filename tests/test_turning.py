@@ -87,6 +87,14 @@ def images(channels: int = 3) -> Tensor:
     return torch.randn(4, channels, 8, 8, dtype=torch.float64)
 
 
+def assert_the_same_with(between: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Watched(between, through_a_view).double().eval()
+    fast, called, runner, _ = matrices(model, (images(),), guided=False)
+    assert runner.plan is not None, "the fast tier did not run"
+    assert_same(fast, called)
+
+
 @pytest.mark.parametrize(
     "between",
     [
@@ -102,12 +110,8 @@ def images(channels: int = 3) -> Tensor:
 def test_code_that_wants_contiguous_maps_gets_them(
     between: Callable[[Tensor], Tensor], turns: list[Tensor]
 ) -> None:
-    torch.manual_seed(0)
-    model = Watched(between, through_a_view).double().eval()
-    fast, called, runner, _ = matrices(model, (images(),), guided=False)
-    assert runner.plan is not None, "the fast tier did not run"
+    assert_the_same_with(between)
     assert turns
-    assert_same(fast, called)
 
 
 @pytest.mark.parametrize(
@@ -122,12 +126,8 @@ def test_code_that_wants_contiguous_maps_gets_them(
 def test_nothing_turns_that_such_code_reads(
     between: Callable[[Tensor], Tensor], turns: list[Tensor]
 ) -> None:
-    torch.manual_seed(0)
-    model = Watched(between, through_a_view).double().eval()
-    fast, called, runner, _ = matrices(model, (images(),), guided=False)
-    assert runner.plan is not None, "the fast tier did not run"
+    assert_the_same_with(between)
     assert not turns
-    assert_same(fast, called)
 
 
 def seen_by(model: nn.Module, x: Tensor) -> list[bool]:
