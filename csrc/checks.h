@@ -267,6 +267,17 @@ inline int64_t reach(const Check& check, std::initializer_list<Steps> dimensions
   return last + 1;
 }
 
+// The memory that all convolutions have after x and the weight; y has so many elements.
+template <class Convolution>
+inline void check_end(Check& check, const Convolution& op, int64_t y, int64_t scratch_floats) {
+  check.may_read("scale", op.scale, op.channels_out, sizeof(float));
+  check.may_read("shift", op.shift, op.channels_out, sizeof(float));
+  check.may_read("residual", op.residual, y, sizeof(float));
+  check.writes("y", op.y, y, sizeof(float), "residual");
+  check.writes("scratch", op.scratch, scratch_floats, sizeof(float));
+  check.apart();
+}
+
 inline void check_memory(const Winograd& op, double lower, double upper, int64_t scratch_floats) {
   Check check("winograd");
   check_bounds(check, lower, upper);
@@ -276,12 +287,7 @@ inline void check_memory(const Winograd& op, double lower, double upper, int64_t
       check, {{op.channels_out, op.weight_out}, {op.channels_in, op.weight_in}, {9, op.weight_tap}});
   check.reads("x", op.x, op.n * op.h * op.w * op.channels_in, sizeof(float));
   check.reads("weight", op.weight, weight, sizeof(float));
-  check.may_read("scale", op.scale, op.channels_out, sizeof(float));
-  check.may_read("shift", op.shift, op.channels_out, sizeof(float));
-  check.may_read("residual", op.residual, y, sizeof(float));
-  check.writes("y", op.y, y, sizeof(float), "residual");
-  check.writes("scratch", op.scratch, scratch_floats, sizeof(float));
-  check.apart();
+  check_end(check, op, y, scratch_floats);
 }
 
 // Sizes of a 1x1 convolution; its memory is checked apart, as a Winograd's is.
@@ -303,12 +309,7 @@ inline void check_memory(const Pointwise& op, double lower, double upper, int64_
   check.reads("x", op.x, rows * op.channels_in, sizeof(float));
   check.reads("weight", op.weight, weight, sizeof(float));
   check.may_read("factor", op.factor, op.channels_in, sizeof(float));
-  check.may_read("scale", op.scale, op.channels_out, sizeof(float));
-  check.may_read("shift", op.shift, op.channels_out, sizeof(float));
-  check.may_read("residual", op.residual, y, sizeof(float));
-  check.writes("y", op.y, y, sizeof(float), "residual");
-  check.writes("scratch", op.scratch, scratch_floats, sizeof(float));
-  check.apart();
+  check_end(check, op, y, scratch_floats);
 }
 
 inline void check_memory(const PointwiseBackward& op, int64_t scratch_floats) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from op_cases import MUTATES, SENTINEL, Call, outside, whole
 from torch.overrides import TorchFunctionMode
 
 from attrfast import reference
+from attrfast.buffers import Buffers
 from attrfast.reference import INF, compute_dtype
 
 try:
@@ -42,6 +43,21 @@ TERMS = {torch.float32: 6 * 2.0**-23, torch.float64: 6 * 2.0**-52}
 SUMS = {torch.float32: 3, torch.float64: 6}
 if os.environ.get("ATTRFAST_SANITIZE") == "1":  # built without vectors: 512 terms in one lane, 64 units
     SUMS = {torch.float32: 12, torch.float64: 12}
+
+
+class Poisoned(Buffers):
+    """Memory full of NaN: what a kernel reads before it was written shows."""
+
+    def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return super().empty(shape, strides, dtype).fill_(torch.nan)
+
+    def scratch(self, count: int) -> Tensor:
+        return super().scratch(count).fill_(torch.nan)
+
+
+def laid(x: Tensor) -> Tensor:
+    """x (N, C, H, W), channels-last."""
+    return x.movedim(1, 3).contiguous().movedim(3, 1)
 
 
 def stored(bound: float | None, dtype: torch.dtype, otherwise: float) -> float:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from op_checks import ISAS, using
+from op_checks import ISAS, Poisoned, laid, using
 from torch import nn
 from torch.nn import functional
 
 import attrfast
 from attrfast import pointwise, reference
-from attrfast.buffers import Buffers
 from attrfast.convolution import Geometry
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native module is not built")
@@ -35,20 +34,6 @@ CASES = [
     (2, 700, 40, 9, 9),
     (1, 40, 300, 5, 5),
 ]
-
-
-class Poisoned(Buffers):
-    """Memory full of NaN: what a kernel reads before it was written shows."""
-
-    def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return super().empty(shape, strides, dtype).fill_(torch.nan)
-
-    def scratch(self, count: int) -> Tensor:
-        return super().scratch(count).fill_(torch.nan)
-
-
-def laid(x: Tensor) -> Tensor:
-    return x.movedim(1, 3).contiguous().movedim(3, 1)
 
 
 def strided(weight: Tensor) -> Tensor:

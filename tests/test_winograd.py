@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import pytest
 import torch
-from op_checks import ISAS, using
+from op_checks import ISAS, Poisoned, laid, using
 from torch import nn
 from torch.nn import functional
 
 import attrfast
 from attrfast import reference, winograd
-from attrfast.buffers import Buffers
 from attrfast.convolution import Geometry
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native module is not built")
@@ -35,13 +33,6 @@ CASES = [
 ]
 
 
-class Poisoned(Buffers):
-    """Memory full of NaN: what a kernel reads before it was written shows."""
-
-    def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return super().empty(shape, strides, dtype).fill_(torch.nan)
-
-
 def tensors(
     shape: tuple[int, ...], padding: tuple[int, int], layout: torch.memory_format, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,10 +45,6 @@ def tensors(
     p, q = (2 - p for p in padding) if transposed else padding
     out = torch.full((n, rows + 2 * p - 2, columns + 2 * q - 2, makes), torch.nan).movedim(3, 1)
     return laid(x), weight.contiguous(memory_format=layout), out
-
-
-def laid(x: Tensor) -> Tensor:
-    return x.movedim(1, 3).contiguous().movedim(3, 1)
 
 
 def defined(x: Tensor, weight: Tensor, padding: tuple[int, int], transposed: bool) -> Tensor:
