@@ -26,7 +26,8 @@ def memory_is_kept(device: torch.device) -> Iterator[None]:
     """A region in which malloc gives nothing back to the system.
 
     Without effect where memory is another device's, where malloc has no such settings, and where the user
-    has made them by the environment.
+    has made them by the environment. Threads other than the main one have heaps of 64 MB each, and blocks
+    that do not fit there come and go as ever.
     """
     library = None if device.type != "cpu" or any(map(os.environ.get, _CHOSEN)) else _glibc()
     if library is None:
