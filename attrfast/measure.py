@@ -12,7 +12,7 @@ import itertools
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -144,14 +144,9 @@ def measure(
     batch = unpack((example, None), place)
     models = {"original": _on(original, place), "pruned": _on(pruned, place)}
     rows = []
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        for model in models.values():
-            stack.enter_context(preserved(model))
-            model.eval()
-        for size in sizes:
-            args, kwargs = (repeated(t, batch.samples, size) for t in (batch.args, batch.kwargs))
-            runs = {name: _Run(name, model, args, kwargs, place) for name, model in models.items()}
-            rows.append(_compared(size, runs, rounds))
+    for size in sizes:
+        args, kwargs = (repeated(t, batch.samples, size) for t in (batch.args, batch.kwargs))
+        rows.append(Comparison(size, **in_turns(models, args, kwargs, place, rounds)))
     return Measurement(
         rows=tuple(rows),
         weights=(_size(original), _size(pruned)),
@@ -161,6 +156,38 @@ def measure(
     )
 
 
+def in_turns(
+    models: Mapping[str, nn.Module],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    device: torch.device,
+    rounds: int,
+) -> dict[str, Latency]:
+    """Times forward passes of several models side by side, by the models' names.
+
+    Args:
+        models: in any mode; left as they are.
+        args, kwargs: the batch, on `device`.
+        device: where they are timed; models that lie elsewhere are copied there.
+        rounds: how often each is timed.
+
+    Raises:
+        ModelError: a model does not run on the batch.
+    """
+    there = {name: _on(model, device) for name, model in models.items()}
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for model in there.values():
+            stack.enter_context(preserved(model))
+            model.eval()
+        runs = {name: _Run(name, model, args, kwargs, device) for name, model in there.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        orders = itertools.cycle([list(runs.items()), list(runs.items())[::-1]])
+        for order in itertools.islice(orders, rounds):  # none always follows another
+            for name, run in order:
+                seconds[name].append(run.seconds())
+    return {name: Latency(tuple(seconds[name]), run.memory) for name, run in runs.items()}
+
+
 class _Run:
     """A model's forward pass on one batch; warmed up, its peak of memory known."""
 
@@ -168,8 +195,8 @@ class _Run:
         self,
         name: str,
         model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
         device: torch.device,
     ) -> None:
         self._forward: Callable[[], Any] = lambda: model(*args, **kwargs)
@@ -202,15 +229,6 @@ class _Run:
     def _wait(self) -> None:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
-
-
-def _compared(size: int, runs: dict[str, _Run], rounds: int) -> Comparison:
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    orders = itertools.cycle([list(runs.items()), list(runs.items())[::-1]])
-    for order in itertools.islice(orders, rounds):  # neither always follows the other
-        for name, run in order:
-            seconds[name].append(run.seconds())
-    return Comparison(size, *(Latency(tuple(seconds[name]), run.memory) for name, run in runs.items()))
 
 
 def _checked(batch_sizes: Sequence[int], rounds: int) -> list[int]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -65,36 +64,45 @@ class FakeTime:
         formula: seconds of a call.
         passes: how many narrowed copies' passes were timed.
         surprise: real models that lost filters take so many times what their calls take.
+        wait: seconds that every call takes longer.
+        disturbed: which of `passes` take a wait of a millisecond a call, all they do included.
     """
 
     def __init__(self, formula: Formula) -> None:
-        self.formula, self.passes, self.surprise = formula, 0, 1.0
+        self.formula, self.passes, self.surprise, self.wait = formula, 0, 1.0, 0.0
+        self.disturbed = range(0)
+
+    def _of(self, name: str, args: tuple[Any, ...], out: Any) -> float:
+        wait = 1e-3 if self.passes in self.disturbed else self.wait
+        return self.formula(name, args, out) + wait
 
     def of_calls(self, model: nn.Module, args: Any, kwargs: Any, device: torch.device) -> list[float]:
         self.passes += 1
-        with torch.no_grad(), FakeClock(self.formula) as clock:
+        with torch.no_grad(), FakeClock(self._of) as clock:
             model(*args, **kwargs)
         return clock.seconds
 
     def of_a_pass(self, model: nn.Module, args: Any, kwargs: Any, device: torch.device) -> float:
         training = model.training
         model.eval()
-        with torch.no_grad(), FakeClock(self.formula) as clock:
+        with torch.no_grad(), FakeClock(self._of) as clock:
             model(*args, **kwargs)
         model.train(training)
         return sum(clock.seconds)
 
-    def compare(self, original: nn.Module, pruned: nn.Module, example: Any, **options: Any) -> Any:
-        args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
-        before, after = (self.of_a_pass(m, args, kwargs, options["device"]) for m in (original, pruned))
-        smaller = sum(p.numel() for p in pruned.parameters()) < sum(
-            p.numel() for p in original.parameters()
-        )
-        after *= self.surprise if smaller else 1.0
-        row = SimpleNamespace(
-            original=Latency((before,) * 2, 0), pruned=Latency((after,) * 2, 0), speedup=before / after
-        )
-        return SimpleNamespace(rows=(row,))
+    def compare(
+        self,
+        models: Mapping[str, nn.Module],
+        args: Any,
+        kwargs: Any,
+        device: torch.device,
+        rounds: int,
+    ) -> dict[str, Latency]:
+        took = {name: self.of_a_pass(model, args, kwargs, device) for name, model in models.items()}
+        sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+        if sizes["pruned"] < sizes["original"]:
+            took["pruned"] *= self.surprise
+        return {name: Latency((seconds,) * 2, 0) for name, seconds in took.items()}
 
 
 def install(patch: pytest.MonkeyPatch, formula: Formula) -> FakeTime:
@@ -103,5 +111,5 @@ def install(patch: pytest.MonkeyPatch, formula: Formula) -> FakeTime:
     patch.setattr(sampling, "_PASSES", 1)  # all are the same
     patch.setattr(sampling, "pass_seconds", fake.of_calls)
     patch.setattr(sampling, "whole_pass_seconds", fake.of_a_pass)
-    patch.setattr(gauge, "measure", fake.compare)
+    patch.setattr(gauge, "in_turns", fake.compare)
     return fake

@@ -87,6 +87,34 @@ def test_blocks_of_channels_are_found_and_widths_kept_to_them(
         assert found.predicted == pytest.approx(found.seconds, rel=0.1)
 
 
+def test_predictions_hold_where_calls_wait_longer_than_when_they_were_timed(
+    fake: FakeTime, tmp_path: Path
+) -> None:
+    model, inputs = Plain(64).eval(), (torch.randn(2, 3, 16, 16),)
+    gauge = made(model, inputs, tmp_path)
+    fake.wait = gauge.original / 50  # for each of a dozen calls
+    for keep in (lambda n: 3 * n // 4, lambda n: n // 2, lambda n: n // 3):
+        smaller, gates = narrowed(model, inputs, keep)
+        found = gauge.read(smaller, gates)
+        plain = fake.of_a_pass(model, inputs, {}, CPU) * gauge._by_law(gauge._removed(gates)) / gauge._whole
+        assert found.predicted == pytest.approx(found.seconds, rel=0.05)
+        assert abs(plain - found.seconds) > 2 * abs(found.predicted - found.seconds)
+
+
+@pytest.mark.parametrize("first", [5, 60])
+def test_copies_that_met_another_state_of_the_machine_are_timed_again(
+    first: int, fake: FakeTime, tmp_path: Path
+) -> None:
+    model, inputs = Plain(64).eval(), (torch.randn(2, 3, 16, 16),)
+    quiet = made(model, inputs, tmp_path / "quiet")
+    fake.disturbed = range(fake.passes + first, fake.passes + first + 30)
+    seen = fake.passes
+    gauge = made(model, inputs, tmp_path / "disturbed")
+    assert fake.passes - seen > seen, "nothing was timed again"
+    assert quiet._whole == pytest.approx(gauge._whole, rel=1e-3)
+    assert quiet._few == pytest.approx(gauge._few, rel=1e-3)
+
+
 def test_a_narrow_layer_may_still_lose_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, by_blocks(16))
     gauge = made(Plain(64).eval(), (torch.randn(1, 3, 8, 8),), tmp_path)
@@ -198,13 +226,13 @@ def test_a_model_with_sizes_written_out_is_timed_where_it_can_be_cut(
 
 
 class Moody(Plain):
-    """Does more in every third pass."""
+    """Does more in every seventh pass."""
 
     passes = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         Moody.passes += 1
-        return super().forward(x if Moody.passes % 3 else x * 2)
+        return super().forward(x if Moody.passes % 7 else x * 2)
 
 
 def test_a_model_that_makes_other_calls_every_time_is_refused(fake: FakeTime, tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
-"""What a model takes that has lost filters: predicted from its layers' laws, and measured."""
+"""What a model takes that has lost filters: predicted from its layers' laws, and measured.
+
+The laws say how models compare, in the state in which the machine was when the layers were timed. The same
+machine may be slower in the next minute, and not by one factor: what threads and calls cost does not shrink
+with the widths. So two models are measured whenever one is: the original, and a narrow copy of it.
+"""
 
 from __future__ import annotations
 
 import copy
-import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,14 +24,16 @@ from attrfast.latency.allocator import memory_is_kept
 from attrfast.latency.blocks import liked_block
 from attrfast.latency.law import Law
 from attrfast.latency.layers import timed_calls
+from attrfast.latency.narrow import evenly, narrowed, uncuttable
 from attrfast.latency.sampling import sample
 from attrfast.latency.table import Layers, Table
-from attrfast.measure import device_name, measure
+from attrfast.measure import device_name, in_turns
 from attrfast.trace import tensors_in
 from attrfast.units import Units
 
 _SECONDS = 3.0  # to spend on one comparison, about
 _ROUNDS = (7, 41)  # of a comparison, at least and at most
+_NARROW = 0.25  # of every layer, that the narrow copy keeps
 _CAUTION = 1.02  # a cut that just so reaches the target by prediction misses it every other time
 
 Gates = Mapping[str, torch.Tensor]
@@ -38,7 +45,7 @@ class Reading:
 
     Attributes:
         seconds: of a pass of the model, the median over rounds.
-        predicted: seconds by the table, for an original that takes what it took here.
+        predicted: seconds by the table, for an original and a narrow copy that take what they took here.
         share: of the original's time, the median over rounds.
     """
 
@@ -84,6 +91,10 @@ class Gauge:
         found = discover(whole, batch.args, batch.kwargs)
         self._units = found.units
         self._calls = timed_calls(whole, found)
+        inputs = batch.args, batch.kwargs
+        fixed = uncuttable(whole, found, inputs)
+        few = evenly(self._units, _NARROW, fixed)
+        self._narrow = narrowed(whole, self._units, few)
         table = Table(folder, _setting(whole, batch, device))
         shapes = [list(tensor.shape) for tensor in tensors_in((batch.args, batch.kwargs))]
         keys = Counter(call.key for call in self._calls)
@@ -91,9 +102,19 @@ class Gauge:
         def known() -> tuple[dict[str, str], Layers]:
             table.read()
             if not keys.keys() <= table.layers.keys():
-                inputs = batch.args, batch.kwargs
                 with memory_is_kept(device):
-                    table.add(sample(whole, found, self._calls, inputs, device, progress=progress))
+                    table.add(
+                        sample(
+                            whole,
+                            self._units,
+                            self._calls,
+                            inputs,
+                            device,
+                            whole=fixed,
+                            beside=self._narrow,
+                            progress=progress,
+                        )
+                    )
             return {**table.setting, "inputs": str(shapes)}, table.layers
 
         self.setting, layers = self._group.from_first("timing layers", known)
@@ -104,11 +125,18 @@ class Gauge:
             for key in keys
         }
         self._whole = self._by_law(torch.zeros(len(self._units), dtype=torch.bool))
+        self._few = self._by_law(few)
         self._correction = 1.0
-        self.original = self._compared(whole)[0]
+        self.original, _, _, self._few_share = self._compared(whole)
 
     def _by_law(self, removed: torch.Tensor) -> float:
         return sum(self._laws[call.key].seconds(*call.widths(removed)) for call in self._calls)
+
+    def _share(self, removed: torch.Tensor) -> float:
+        """Of the original's time, by the table: read off between the original, the narrow copy and nothing."""
+        known = {0.0: 0.0, self._few: self._few_share, self._whole: 1.0}
+        places = [place for place in known if place <= self._whole]
+        return float(np.interp(self._by_law(removed), places, [known[place] for place in places]))
 
     def _removed(self, gates: Gates) -> torch.Tensor:
         """(U,) bool of the original's units, those that are gone."""
@@ -139,7 +167,7 @@ class Gauge:
             more = self._originals(units, gates)[removed]
             gone[more[more >= 0]] = True
         caution = 1.0 if removed is None else _CAUTION
-        return caution * self.original * self._correction * self._by_law(gone) / self._whole
+        return caution * self.original * self._correction * self._share(gone)
 
     def savings(self, gates: Gates, units: Units) -> torch.Tensor:
         """(U,) seconds that each unit costs at the present widths, see `Law.slopes`."""
@@ -159,38 +187,33 @@ class Gauge:
 
     def read(self, model: nn.Module, gates: Gates) -> Reading:
         """Measures the model beside the original; from now on, predictions start from what it took."""
-        before, after, share = self._compared(model)
+        before, after, share, self._few_share = self._compared(model)
         return Reading(after, before * self.start_from(share, gates), share)
 
     def start_from(self, share: float, gates: Gates) -> float:
         """Lets predictions start from a share that was measured; gives the share by the table alone."""
-        expected = self._by_law(self._removed(gates)) / self._whole
+        expected = self._share(self._removed(gates))
         self._correction = share / expected
         return expected
 
-    def _compared(self, model: nn.Module) -> tuple[float, float, float]:
-        """Seconds of the original and of the model, and the share."""
+    def _compared(self, model: nn.Module) -> tuple[float, float, float, float]:
+        """Seconds of the original and of the model, and the shares of the model and of the narrow copy."""
         return self._group.from_first("timing", lambda: self._compared_here(model))
 
-    def _compared_here(self, model: nn.Module) -> tuple[float, float, float]:
+    def _compared_here(self, model: nn.Module) -> tuple[float, float, float, float]:
         each = getattr(self, "original", None)
         least, most = _ROUNDS
         rounds = least if each is None else max(least, min(most, int(_SECONDS / (4 * each))))
         batch = self._batch
-        example = batch.kwargs or batch.args
+        models = {"original": self._model, "pruned": model, "narrow": self._narrow}
         with memory_is_kept(self._device):
-            found = measure(
-                self._model,
-                model,
-                example,
-                batch_sizes=(batch.samples,),
-                rounds=rounds,
-                device=self._device,
-            ).rows[0]
+            found = in_turns(models, batch.args, batch.kwargs, self._device, rounds)
+        before, after, narrow = (np.array(found[name].seconds) for name in models)
         return (
-            statistics.median(found.original.seconds),
-            statistics.median(found.pruned.seconds),
-            1 / found.speedup,
+            float(np.median(before)),
+            float(np.median(after)),
+            float(np.median(after / before)),
+            float(np.median(narrow / before)),
         )
 
 

@@ -1,57 +1,63 @@
 """Narrows copies of a model in many ways and times every layer of each.
 
-Each way gives every layer one of five widths so that, over all ways, a layer meets each of its widths with
+Beside every copy, one and the same narrow model is timed. It tells what state the machine was in: a copy that
+met another state than most is timed again. Each way gives every layer one of five widths so that, over all ways, a layer meets each of its widths with
 each width of every layer that feeds it: an orthogonal array of 25 rows, whose columns go to layers like
 colours to a map. A second sweep takes widths that are no round numbers.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
+import math
 import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import networkx as nx
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from attrfast.channels import Discovery
 from attrfast.errors import ModelError
 from attrfast.latency.clock import pass_seconds, whole_pass_seconds
 from attrfast.latency.law import Sample
 from attrfast.latency.layers import TimedCall
-from attrfast.surgery import cut
+from attrfast.latency.narrow import Inputs, narrowed, removable, rounded
 from attrfast.units import Units
 
 _LEVELS = (1.0, 0.75, 0.5, 0.25, 0.125)
 _WAYS = len(_LEVELS) ** 2
 _SHARE = 0.45  # of the whole model's time, that a narrowed one takes on average
 _SECONDS = 20.0  # to spend on passes, about
-_PASSES = 5  # of one narrowed copy, at most
-
-Inputs = tuple[Sequence[Any], dict[str, Any]]
+_MOST = 60.0  # seconds, after which nothing is timed again
+_PASSES = 11  # of one narrowed copy, at most
+_SWEEPS = 3  # over the ways that met another state, the first one included
+_SAME = math.log(1.1)  # between times of one model, within which the machine is in the same state
 
 
 def sample(
     model: nn.Module,
-    found: Discovery,
+    units: Units,
     calls: Sequence[TimedCall],
     inputs: Inputs,
     device: torch.device,
     *,
+    whole: set[int],
+    beside: nn.Module,
     progress: bool,
 ) -> dict[str, list[Sample]]:
     """Times every call at about fifty pairs of widths.
 
     Args:
         model: in eval mode, on `device`; left as it is.
-        found, calls: its units and its calls.
+        units, calls: its units and its calls.
         inputs: what it is timed on.
+        whole: layers (by index) that can't be cut.
+        beside: the narrow model that tells the machine's state.
+        progress: show a bar.
 
     Returns:
         By the calls' keys; calls with the same key share their samples.
@@ -59,27 +65,54 @@ def sample(
     Raises:
         ModelError: the model does not make the same calls in every pass.
     """
+    begun = time.perf_counter()
     passes = _passes(model, inputs, device)
-    times: dict[str, dict[tuple[int, int], list[float]]] = {call.key: {} for call in calls}
-    whole = _uncuttable(model, found, inputs)
-    ways = list(_ways(found.units, calls, whole))
+    ways = list(_ways(units, calls, whole))
     random.Random(0).shuffle(ways)  # a slow minute of the machine spoils no one width
-    for removed in tqdm(ways, desc="timing layers", leave=False, disable=None if progress else True):
-        narrow = _narrowed(model, found.units, removed)
-        seconds = _watched(narrow, inputs, device, passes, len(calls))
-        for call, took in zip(calls, seconds.T.tolist(), strict=True):
+    tries: list[list[_Try]] = [[] for _ in ways]
+    others = range(len(ways))
+    for sweep in range(_SWEEPS):
+        for index in tqdm(others, desc="timing layers", leave=False, disable=None if progress else True):
+            if sweep and time.perf_counter() - begun > _MOST:
+                break
+            narrow = narrowed(model, units, ways[index])
+            tries[index].append(_watched(narrow, beside, inputs, device, passes, len(calls)))
+        usual = statistics.median(each.state for done in tries for each in done)
+        best = [min(done, key=lambda each: each.distance(usual)) for done in tries]
+        others = [index for index, each in enumerate(best) if each.distance(usual) > _SAME]
+    times: dict[str, dict[tuple[int, int], list[float]]] = {call.key: {} for call in calls}
+    for removed, each in zip(ways, best, strict=True):
+        for call, took in zip(calls, each.seconds.T.tolist(), strict=True):
             times[call.key].setdefault(call.widths(removed), []).extend(took)
     return {key: [_summed_up(*at, took) for at, took in rows.items()] for key, rows in times.items()}
 
 
+@dataclass(frozen=True)
+class _Try:
+    """A narrowed copy, timed: (passes, calls) seconds, and seconds of the model beside it."""
+
+    seconds: torch.Tensor
+    state: float
+
+    def distance(self, usual: float) -> float:
+        """From a state to this one."""
+        return abs(math.log(self.state / usual))
+
+
 def _watched(
-    model: nn.Module, inputs: Inputs, device: torch.device, passes: int, calls: int
-) -> torch.Tensor:
-    """(passes, calls) seconds, without what watching costs: their medians add up to that of passes which nobody
-    watches. (Where something disturbs one call or another, medians add up to less than that of the sums.)
+    model: nn.Module,
+    beside: nn.Module,
+    inputs: Inputs,
+    device: torch.device,
+    passes: int,
+    calls: int,
+) -> _Try:
+    """Seconds without what watching costs: their medians add up to that of passes which nobody watches. (Where
+    something disturbs one call or another, medians add up to less than that of the sums.)
     """
-    seconds, alone = [], []
+    seconds, alone, state = [], [], []
     for _ in range(passes + 1):
+        state.append(whole_pass_seconds(beside, *inputs, device))
         alone.append(whole_pass_seconds(model, *inputs, device))
         seconds.append(pass_seconds(model, *inputs, device))
         if len(seconds[-1]) != calls:
@@ -91,7 +124,7 @@ def _watched(
     usual = statistics.median(alone[1:])
     excess = float(found.sum(1).median()) - usual
     found = torch.maximum(found - excess / calls, found / 4)
-    return found * (usual / float(found.median(0).values.sum()))
+    return _Try(found * (usual / float(found.median(0).values.sum())), statistics.median(state[1:]))
 
 
 def _summed_up(inputs: int, outputs: int, took: list[float]) -> Sample:
@@ -108,12 +141,6 @@ def _passes(model: nn.Module, inputs: Inputs, device: torch.device) -> int:
     return max(1, min(_PASSES, int(_SECONDS / each) - 1))
 
 
-def _narrowed(model: nn.Module, units: Units, removed: torch.Tensor) -> nn.Module:
-    narrow = copy.deepcopy(model)
-    cut(narrow, units, removed)
-    return narrow
-
-
 def _ways(units: Units, calls: Sequence[TimedCall], whole: set[int]) -> Iterator[torch.Tensor]:
     """(U,) bool each, the units that are gone."""
     column = _columns(units, calls)
@@ -122,21 +149,15 @@ def _ways(units: Units, calls: Sequence[TimedCall], whole: set[int]) -> Iterator
         for p, q in itertools.product(range(len(_LEVELS)), repeat=2):
             removed = torch.zeros(len(units), dtype=torch.bool)
             for index, layer in enumerate(units.layers):
-                free = [unit for unit in layer.units if units.frozen[unit] is None]
+                free = removable(units, layer)
                 if index in whole or not free:
                     continue
                 kind = column[index]
                 place = (p, q)[kind] if kind < 2 else p + (kind - 1) * q
                 level = round(_LEVELS[place % len(_LEVELS)] * len(free))
-                keep = _rounded(level, len(free)) if round_numbers else _odd(level, chance)
+                keep = rounded(level, len(free)) if round_numbers else _odd(level, chance)
                 removed[free[keep:]] = True
             yield removed
-
-
-def _rounded(level: int, width: int) -> int:
-    """The nearest width that any device likes."""
-    block = next((block for block in (32, 16, 8, 4) if 4 * block <= width), 1)
-    return min(width, max(1, round(level / block)) * block)
 
 
 def _odd(level: int, chance: random.Random) -> int:
@@ -153,23 +174,3 @@ def _columns(units: Units, calls: Sequence[TimedCall]) -> dict[int, int]:
         graph.add_edges_from((a, b) for a in sides[0] for b in sides[1] if a != b)
     colours = nx.greedy_color(graph)
     return {layer: colour % (len(_LEVELS) + 1) for layer, colour in colours.items()}
-
-
-def _uncuttable(model: nn.Module, found: Discovery, inputs: Inputs) -> set[int]:
-    """Layers (by index) without a half of which the model does not run: its code has sizes written out."""
-    units = found.units
-
-    def runs(layers: Sequence[int]) -> bool:
-        removed = torch.zeros(len(units), dtype=torch.bool)
-        for index in layers:
-            free = [unit for unit in units.layers[index].units if units.frozen[unit] is None]
-            removed[free[max(1, len(free) // 2) :]] = True
-        try:
-            with torch.no_grad():
-                _narrowed(model, units, removed)(*inputs[0], **inputs[1])
-        except (RuntimeError, ValueError):
-            return False
-        return True
-
-    everything = range(len(units.layers))
-    return set() if runs(everything) else {index for index in everything if not runs([index])}
