@@ -28,17 +28,18 @@ def each(value: Any, count: int) -> list[int]:
     return values * count if len(values) == 1 else values
 
 
-def may_be_ours(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> bool:
+def may_be_ours(x: torch.Tensor, weight: torch.Tensor, transposed: bool, groups: int = 1) -> bool:
     """Whether these are tensors that kernels of our own convolve: float32, channels-last, without autocast.
 
     Args:
         transposed: x is a gradient for the convolution's output.
+        groups: of the convolution.
     """
     return (
         x.dim() == 4
         and x.dtype == weight.dtype == torch.float32
         and x.device == weight.device
-        and weight.shape[0 if transposed else 1] == x.shape[1]
+        and (len(weight) if transposed else groups * weight.shape[1]) == x.shape[1]
         and aligned(x)
         and aligned(weight)
         and channels_lie_together(x)

@@ -7,6 +7,7 @@ nothing is written to the model.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from attrfast import ops, pointwise, turning, winograd
+from attrfast import depthwise, ops, pointwise, turning, winograd
 from attrfast.buffers import Buffers, empty_channels_last
 from attrfast.convolution import Geometry, each, input_gradient, left_behind, library_pointwise
 from attrfast.following import Follower, PlanMismatchError
@@ -202,15 +203,22 @@ def _in_one_launch(
     assert run.geometry is not None
     assert run.weight is not None
     shape, strides, dtype = run.x_like
-    if run.weight.shape[2:] != (1, 1):  # before anything is copied
-        return None
     if not run.clamps or run.pool is not None or dtype != g.dtype or len(shape) != 4 or strides[1] != 1:
         return None
-    grad = laid(g, True)
-    if not pointwise.suits(grad, run.weight, run.geometry, transposed=True):
+    alone = run.weight.shape[1] == 1 and not to_residual and run.branch is None
+    if run.weight.shape[2:] != (1, 1) and not alone:  # before anything is copied
         return None
+    grad = laid(g, True)
     a, _, residual = saved
     assert a is not None
+    if alone and depthwise.suits(grad, run.weight, run.geometry, transposed=True):
+        (stride, _), padding, *_ = run.geometry
+        given = a, grad, run.weight, padding, stride, shape[2:], run.scale
+        rules = run.lower, run.upper, run.guided, attribute
+        gx, s = depthwise.gradient(*given, *rules, buffers=run.memory)
+        return gx, None, s
+    if not pointwise.suits(grad, run.weight, run.geometry, transposed=True):
+        return None
     g1 = None
     if to_residual:
         fresh = grad is not g or _may_overwrite(run, g)
@@ -343,13 +351,20 @@ def _later(convolve: Callable[[Tensor], Tensor], x: Tensor, step: int) -> Iterat
 
 
 def _own_kernel(
-    x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = False
+    x: Tensor, weight: Tensor, geometry: Geometry, size: torch.Size | None = None
 ) -> Callable[..., Tensor] | None:
-    """What convolves in a kernel of our own, and does what follows; None leaves it to the library."""
+    """What convolves in a kernel of our own, and does what follows; None leaves it to the library.
+
+    Args:
+        size: rows and columns of what the convolution read, if x is a gradient for what it made.
+    """
+    transposed = size is not None
     if winograd.suits(x, weight, geometry, transposed=transposed):
         return winograd.convolve
     if pointwise.suits(x, weight, geometry, transposed=transposed):
         return pointwise.convolve
+    if depthwise.suits(x, weight, geometry, transposed=transposed):
+        return functools.partial(depthwise.convolve, stride=geometry.stride[0], size=size)
     return None
 
 
@@ -410,7 +425,7 @@ def _input_gradient(run: _Run, gz: Tensor, scale: Tensor | None, out: Tensor | N
     if strides[1] == 1 and (out is None or channels_lie_together(out)):
         # Maps of one position, as a pooling's gradient may be, lie in either layout: a copy costs little.
         g = laid(gz, True) if len(shape) == 4 else gz
-        convolve = _own_kernel(g, weight, run.geometry, transposed=True)
+        convolve = _own_kernel(g, weight, run.geometry, torch.Size(shape[2:]))
         if convolve is not None:
             padding = run.geometry.padding
             return convolve(g, weight, padding, transposed=True, out=out, buffers=run.memory)
@@ -663,8 +678,8 @@ class PlanMode(CallMode):
             own = _own_kernel(x, weight, geometry)
         if own is not None and "pool" not in run.stage.roles.values():
             run.own = _whole(own, x, weight, bias, geometry.padding, self.buffers)
-            sizes = zip(x.shape[2:], geometry.padding, weight.shape[2:], strict=True)
-            made = len(x), len(weight), *(n + 2 * p - k + 1 for n, p, k in sizes)
+            sizes = zip(x.shape[2:], geometry.padding, weight.shape[2:], geometry.stride, strict=True)
+            made = len(x), len(weight), *((n + 2 * p - k) // s + 1 for n, p, k, s in sizes)
             run.x, run.z = x, x.new_empty(()).expand(made)
             return
 

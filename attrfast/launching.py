@@ -55,6 +55,7 @@ class LaunchingBackend(ABC):
     name: ClassVar[str]
     has_winograd: ClassVar[bool] = False  # whether it convolves by `attrfast.winograd`
     has_pointwise: ClassVar[bool] = False  # likewise by `attrfast.pointwise`
+    has_depthwise: ClassVar[bool] = False  # likewise by `attrfast.depthwise`
 
     @abstractmethod
     def check_device(self, kind: str) -> None:

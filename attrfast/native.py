@@ -21,6 +21,7 @@ class CpuBackend(LaunchingBackend):
     name = "cpu"
     has_winograd = True
     has_pointwise = True
+    has_depthwise = True
 
     def check_device(self, kind: str) -> None:
         if kind != "cpu":
@@ -235,6 +236,89 @@ class CpuBackend(LaunchingBackend):
             upper,
             guided,
             attribute,
+            torch.get_num_threads(),
+        )
+
+    def depthwise_floats(
+        self,
+        x: Tensor,
+        size: Sequence[int],
+        kernel: int,
+        stride: int,
+        padding: Sequence[int],
+        transposed: bool,
+    ) -> int:
+        """Floats of scratch that `depthwise` needs, and `depthwise_backward` with `transposed`."""
+        shape = *x.shape[:2], tuple(x.shape[2:]), size, kernel, stride, padding, transposed
+        return _native.depthwise_floats(*shape, torch.get_num_threads())
+
+    def depthwise(
+        self,
+        x: Tensor,
+        size: Sequence[int],
+        kernel: int,
+        stride: int,
+        padding: Sequence[int],
+        transposed: bool,
+        weight: Tensor,
+        factor: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        lower: float,
+        upper: float,
+        y: Tensor,
+        scratch: Tensor,
+    ) -> None:
+        """See `attrfast.depthwise.convolve`; fills y, which lies channels-last as all others do."""
+        _native.depthwise(
+            *x.shape[:2],
+            tuple(x.shape[2:]),
+            size,
+            kernel,
+            stride,
+            padding,
+            transposed,
+            x.data_ptr(),
+            weight.data_ptr(),
+            *(weight.stride(i) for i in (0, 2, 3)),
+            *map(pointer, (factor, scale, shift, residual, y, scratch)),
+            lower,
+            upper,
+            torch.get_num_threads(),
+        )
+
+    def depthwise_backward(
+        self,
+        a: Tensor,
+        g: Tensor,
+        size: Sequence[int],
+        kernel: int,
+        stride: int,
+        padding: Sequence[int],
+        weight: Tensor,
+        scale: Tensor | None,
+        gx: Tensor,
+        s: Tensor | None,
+        scratch: Tensor,
+        lower: float,
+        upper: float,
+        guided: bool,
+    ) -> None:
+        """See `attrfast.depthwise.gradient`; fills gx, and s where it is given."""
+        _native.depthwise_backward(
+            *g.shape[:2],
+            tuple(g.shape[2:]),
+            size,
+            kernel,
+            stride,
+            padding,
+            *map(pointer, (a, g, weight)),
+            *(weight.stride(i) for i in (0, 2, 3)),
+            *map(pointer, (scale, gx, s, scratch)),
+            lower,
+            upper,
+            guided,
             torch.get_num_threads(),
         )
 

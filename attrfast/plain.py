@@ -17,6 +17,7 @@ class ReferenceBackend:
     name = "reference"
     has_winograd = False
     has_pointwise = False
+    has_depthwise = False
     affine_relu_backward = staticmethod(reference.affine_relu_backward)
     affine_add_relu_backward = staticmethod(reference.affine_add_relu_backward)
     affine_relu_max_pool = staticmethod(reference.affine_relu_max_pool)

@@ -198,6 +198,36 @@ def pointwise_backward(
     return torch.einsum("nc...,ci->ni...", gz, weight.flatten(1)), g1, s
 
 
+def depthwise_backward(
+    a: torch.Tensor,
+    g: torch.Tensor,
+    weight: torch.Tensor,
+    padding: list[int],
+    stride: int,
+    size: list[int],
+    scale: torch.Tensor | None = None,
+    lower: float = 0.0,
+    upper: float = INF,
+    guided: bool = False,
+    attribute: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Backward of `affine_relu` and of the depthwise convolution before it.
+
+    Args:
+        a, g, scale, lower, upper, guided, attribute: see `affine_relu_backward`.
+        weight: (C, 1, k, k) of the convolution.
+        padding, stride: of the convolution, which has no dilation.
+        size: rows and columns of what the convolution read.
+
+    Returns:
+        gx: (N, C, *size), the gradient for what the convolution read; s: (N, C).
+    """
+    gz, s = affine_relu_backward(a, g, scale, lower, upper, guided, attribute)
+    shape = [*g.shape[:2], *size]
+    gx = torch.nn.grad.conv2d_input(shape, weight, gz, stride, padding, groups=len(weight))
+    return gx, s
+
+
 def affine_relu_max_pool(
     z: torch.Tensor,
     scale: torch.Tensor | None,

@@ -130,6 +130,33 @@ struct PointwiseBackward {
   Attribute attribute;
 };
 
+// y = clamp(conv(x, weight) * scale + shift + residual, lower, upper), depthwise: channel c of x and a kernel x
+// kernel window of its own, kernel 3, 5 or 7, stride 1 or 2, channels-last, in float. Null means 1, 0 and 0; y may be
+// residual. With transposed, x is a gradient for such a convolution's output and y one for its input.
+// input and output are rows and columns of x and y; padding is the convolution's and less than kernel. Weight
+// element (c, row, column) lies at c * weight_channel + row * weight_row + column * weight_column, and is multiplied
+// by factor[c], if there is one. scratch holds depthwise_floats() floats.
+struct Depthwise {
+  const float *x, *weight, *factor, *scale, *shift, *residual;
+  float *y, *scratch;
+  int64_t n, channels;
+  int64_t input[2], output[2], padding[2];
+  int64_t kernel, stride;
+  int64_t weight_channel, weight_row, weight_column;
+  bool transposed;
+  float lower, upper;
+};
+
+// g1 and s as of AffineReluBackward with kOutput, with g = product.x; product.y is the gradient that g1 brings. Null:
+// s is not wanted. product is transposed and has neither scale, shift and residual nor bounds of its own.
+struct DepthwiseBackward {
+  Depthwise product;
+  const float* a;
+  float* s;
+  double lower, upper;
+  bool guided;
+};
+
 // One set of kernels, compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -147,6 +174,9 @@ struct Kernels {
   int64_t (*pointwise_floats)(const Pointwise&, int threads);
   void (*pointwise_backward)(const PointwiseBackward&, int threads);
   int64_t (*pointwise_backward_floats)(const PointwiseBackward&, int threads);
+  void (*depthwise)(const Depthwise&, int threads);
+  int64_t (*depthwise_floats)(const Depthwise&, int threads);
+  void (*depthwise_backward)(const DepthwiseBackward&, int threads);
 };
 
 const Kernels* baseline_kernels();

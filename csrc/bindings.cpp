@@ -217,6 +217,63 @@ void pointwise_backward(int64_t n, int64_t positions, int64_t channels_in, int64
   chosen->pointwise_backward(op, threads);
 }
 
+Depthwise depthwise_of(int64_t n, int64_t channels, Two input, Two output, int64_t kernel,
+                       int64_t stride, Two padding, bool transposed) {
+  Depthwise op = {};
+  op.n = n, op.channels = channels, op.kernel = kernel, op.stride = stride, op.transposed = transposed;
+  op.input[0] = input.first, op.input[1] = input.second;
+  op.output[0] = output.first, op.output[1] = output.second;
+  op.padding[0] = padding.first, op.padding[1] = padding.second;
+  return op;
+}
+
+int64_t depthwise_floats(int64_t n, int64_t channels, Two input, Two output, int64_t kernel,
+                         int64_t stride, Two padding, bool transposed, int threads) {
+  const Depthwise op = depthwise_of(n, channels, input, output, kernel, stride, padding, transposed);
+  threads = usable("depthwise", threads);
+  return to_do(op) ? chosen->depthwise_floats(op, threads) : 0;
+}
+
+void depthwise(int64_t n, int64_t channels, Two input, Two output, int64_t kernel, int64_t stride,
+               Two padding, bool transposed, Address x, Address weight, int64_t weight_channel,
+               int64_t weight_row, int64_t weight_column, Address factor, Address scale, Address shift,
+               Address residual, Address y, Address scratch, double lower, double upper, int threads) {
+  Depthwise op = depthwise_of(n, channels, input, output, kernel, stride, padding, transposed);
+  op.x = static_cast<const float*>(in(x)), op.weight = static_cast<const float*>(in(weight));
+  op.weight_channel = weight_channel, op.weight_row = weight_row, op.weight_column = weight_column;
+  op.factor = static_cast<const float*>(in(factor)), op.scale = static_cast<const float*>(in(scale));
+  op.shift = static_cast<const float*>(in(shift));
+  op.residual = static_cast<const float*>(in(residual));
+  op.y = static_cast<float*>(out(y)), op.scratch = static_cast<float*>(out(scratch));
+  threads = usable("depthwise", threads);
+  if (!to_do(op)) return;
+  check_memory(op, lower, upper, chosen->depthwise_floats(op, threads));
+  op.lower = static_cast<float>(lower), op.upper = static_cast<float>(upper);
+  chosen->depthwise(op, threads);
+}
+
+void depthwise_backward(int64_t n, int64_t channels, Two input, Two output, int64_t kernel,
+                        int64_t stride, Two padding, Address a, Address g, Address weight,
+                        int64_t weight_channel, int64_t weight_row, int64_t weight_column, Address scale,
+                        Address gx, Address s, Address scratch, double lower, double upper, bool guided,
+                        int threads) {
+  DepthwiseBackward op = {};
+  op.product = depthwise_of(n, channels, input, output, kernel, stride, padding, true);
+  op.product.x = static_cast<const float*>(in(g));
+  op.product.weight = static_cast<const float*>(in(weight));
+  op.product.weight_channel = weight_channel;
+  op.product.weight_row = weight_row, op.product.weight_column = weight_column;
+  op.product.factor = static_cast<const float*>(in(scale));
+  op.product.y = static_cast<float*>(out(gx)), op.product.scratch = static_cast<float*>(out(scratch));
+  op.product.lower = -std::numeric_limits<float>::infinity(), op.product.upper = -op.product.lower;
+  op.a = static_cast<const float*>(in(a)), op.s = static_cast<float*>(out(s));
+  op.lower = lower, op.upper = upper, op.guided = guided;
+  threads = usable("depthwise_backward", threads);
+  if (!to_do(op.product)) return;
+  check_memory(op, chosen->depthwise_floats(op.product, threads));
+  chosen->depthwise_backward(op, threads);
+}
+
 const char* const kChecked = R"(: a launch of csrc/attribution.h.
 
 Raises ValueError for what no launch can have: an unknown code of a dtype, layout, norm or attribute; negative
@@ -280,6 +337,17 @@ PYBIND11_MODULE(_native, m) {
   m.def("pointwise_backward_floats", &pointwise_backward_floats,
         "(n, positions, channels_in, channels_out, threads): floats of scratch that pointwise_backward "
         "needs.");
+  launch(
+      "depthwise", &depthwise,
+      "(n, channels, input, output, kernel, stride, padding, transposed, x, weight, weight_channel, "
+      "weight_row, weight_column, factor, scale, shift, residual, y, scratch, lower, upper, threads)");
+  launch(
+      "depthwise_backward", &depthwise_backward,
+      "(n, channels, input, output, kernel, stride, padding, a, g, weight, weight_channel, weight_row, "
+      "weight_column, scale, gx, s, scratch, lower, upper, guided, threads)");
+  m.def("depthwise_floats", &depthwise_floats,
+        "(n, channels, input, output, kernel, stride, padding, transposed, threads): floats of scratch "
+        "that depthwise needs, and depthwise_backward with transposed.");
 #ifdef ATTRFAST_WITH_CUDA
   py::module_ cuda = m.def_submodule("cuda", "Launches of attrfast's CUDA kernels over raw pointers.");
   attrfast::cuda::bind(cuda);

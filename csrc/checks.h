@@ -267,11 +267,12 @@ inline int64_t reach(const Check& check, std::initializer_list<Steps> dimensions
   return last + 1;
 }
 
-// The memory that all convolutions have after x and the weight; y has so many elements.
+// The memory that all convolutions have after x and the weight; y has so many channels and elements.
 template <class Convolution>
-inline void check_end(Check& check, const Convolution& op, int64_t y, int64_t scratch_floats) {
-  check.may_read("scale", op.scale, op.channels_out, sizeof(float));
-  check.may_read("shift", op.shift, op.channels_out, sizeof(float));
+inline void check_end(Check& check, const Convolution& op, int64_t channels, int64_t y,
+                      int64_t scratch_floats) {
+  check.may_read("scale", op.scale, channels, sizeof(float));
+  check.may_read("shift", op.shift, channels, sizeof(float));
   check.may_read("residual", op.residual, y, sizeof(float));
   check.writes("y", op.y, y, sizeof(float), "residual");
   check.writes("scratch", op.scratch, scratch_floats, sizeof(float));
@@ -287,7 +288,7 @@ inline void check_memory(const Winograd& op, double lower, double upper, int64_t
       check, {{op.channels_out, op.weight_out}, {op.channels_in, op.weight_in}, {9, op.weight_tap}});
   check.reads("x", op.x, op.n * op.h * op.w * op.channels_in, sizeof(float));
   check.reads("weight", op.weight, weight, sizeof(float));
-  check_end(check, op, y, scratch_floats);
+  check_end(check, op, op.channels_out, y, scratch_floats);
 }
 
 // Sizes of a 1x1 convolution; its memory is checked apart, as a Winograd's is.
@@ -309,7 +310,57 @@ inline void check_memory(const Pointwise& op, double lower, double upper, int64_
   check.reads("x", op.x, rows * op.channels_in, sizeof(float));
   check.reads("weight", op.weight, weight, sizeof(float));
   check.may_read("factor", op.factor, op.channels_in, sizeof(float));
-  check_end(check, op, y, scratch_floats);
+  check_end(check, op, op.channels_out, y, scratch_floats);
+}
+
+// Sizes of a depthwise convolution; its memory is checked apart, as a Winograd's is.
+inline bool to_do(const Depthwise& op) {
+  Check check("depthwise");
+  check.within("channels", op.channels, 0, std::numeric_limits<int32_t>::max());
+  check.require(op.kernel == 3 || op.kernel == 5 || op.kernel == 7, "the kernel must be 3, 5 or 7");
+  check.within("stride", op.stride, 1, 2);
+  for (int i = 0; i < 2; ++i) {
+    check.within("padding", op.padding[i], 0, op.kernel - 1);
+    const int64_t wide = check.within("input size", op.input[i], 1, std::numeric_limits<int32_t>::max());
+    const int64_t made =
+        check.within("output size", op.output[i], 1, std::numeric_limits<int32_t>::max());
+    const int64_t large = op.transposed ? made : wide, small = op.transposed ? wide : made;
+    check.require(large + 2 * op.padding[i] >= op.kernel, "the input has no room for a window");
+    check.require((large + 2 * op.padding[i] - op.kernel) / op.stride + 1 == small,
+                  "no such convolution has this input and output");
+  }
+  check.elements("x", {op.n, op.input[0], op.input[1], op.channels});
+  check.elements("y", {op.n, op.output[0], op.output[1], op.channels});
+  return op.n > 0 && op.channels > 0;
+}
+
+// Of x, the weight and the factor; gives the elements of y.
+inline int64_t check_reads(Check& check, const Depthwise& op) {
+  const int64_t weight = reach(
+      check,
+      {{op.channels, op.weight_channel}, {op.kernel, op.weight_row}, {op.kernel, op.weight_column}});
+  check.reads("x", op.x, op.n * op.input[0] * op.input[1] * op.channels, sizeof(float));
+  check.reads("weight", op.weight, weight, sizeof(float));
+  check.may_read("factor", op.factor, op.channels, sizeof(float));
+  return op.n * op.output[0] * op.output[1] * op.channels;
+}
+
+inline void check_memory(const Depthwise& op, double lower, double upper, int64_t scratch_floats) {
+  Check check("depthwise");
+  check_bounds(check, lower, upper);
+  const int64_t y = check_reads(check, op);
+  check_end(check, op, op.channels, y, scratch_floats);
+}
+
+inline void check_memory(const DepthwiseBackward& op, int64_t scratch_floats) {
+  Check check("depthwise_backward");
+  check_bounds(check, op.lower, op.upper);
+  const Depthwise& product = op.product;
+  const int64_t y = check_reads(check, product);
+  check.reads("a", op.a, product.n * product.input[0] * product.input[1] * product.channels,
+              sizeof(float));
+  check.may_write("s", op.s, product.n * product.channels, sizeof(float));
+  check_end(check, product, product.channels, y, scratch_floats);
 }
 
 inline void check_memory(const PointwiseBackward& op, int64_t scratch_floats) {

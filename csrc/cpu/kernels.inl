@@ -300,6 +300,7 @@ static void attribution_typed(const Shape& shape, const Attribution& op, int thr
 #include "vectors.inl"
 
 // These need the vectors.
+#include "depthwise.inl"
 #include "pointwise.inl"
 #include "winograd.inl"
 
@@ -382,13 +383,14 @@ static void segment_normalize(Dtype dtype, const SegmentNormalize& op, int threa
   ATTRFAST_BY_DTYPE(dtype, (segment_normalize_typed<T>(op, threads)))
 }
 
-static const Kernels kernels = {ATTRFAST_ISA_NAME,        affine_relu,
-                                affine_relu_backward,     attribution,
-                                affine_relu_max_pool,     affine_relu_max_pool_backward,
-                                segment_normalize,        winograd,
-                                winograd_floats,          pointwise,
-                                pointwise_floats,         pointwise_backward,
-                                pointwise_backward_floats};
+static const Kernels kernels = {ATTRFAST_ISA_NAME,         affine_relu,
+                                affine_relu_backward,      attribution,
+                                affine_relu_max_pool,      affine_relu_max_pool_backward,
+                                segment_normalize,         winograd,
+                                winograd_floats,           pointwise,
+                                pointwise_floats,          pointwise_backward,
+                                pointwise_backward_floats, depthwise,
+                                depthwise_floats,          depthwise_backward};
 
 }  // namespace ATTRFAST_ISA
 }  // namespace attrfast

@@ -24,16 +24,13 @@ template <bool kGuided, bool kSplit, Attribute kWhat>
 static void mask_rows(const PointwiseBackward& op, const PointwisePlan& plan, int64_t first,
                       int64_t last, float* to, float* acc) {
   const int64_t channels = op.product.channels_in;
-  const Vector lower = Vector{} + stored_bound<float>(op.lower, -__builtin_inf()),
-               upper = Vector{} + stored_bound<float>(op.upper, __builtin_inf()), zero = {};
+  const Clamp clamp(op.lower, op.upper);
   const auto mask = [&](auto whole, int64_t at, int64_t c, float* place) {
     constexpr bool kWhole = decltype(whole)::value;
     const int64_t count = channels - c;
     const Vector a = load_lanes<kWhole>(op.a + at + c, count);
     const Vector g = load_lanes<kWhole>(op.product.x + at + c, count);
-    Vector inside = a <= lower ? zero : g;  // comparisons with NaN are false, so NaN passes
-    inside = a >= upper ? zero : inside;
-    if (kGuided) inside = g > zero ? inside : zero;
+    const Vector inside = clamp.passing<kGuided>(a, g);
     if (kSplit) store_lanes<kWhole>(op.g1 + at + c, inside, count);
     store_vector(place, inside);
     if (kWhat == kNone) return;

@@ -25,6 +25,11 @@ struct Is {
   static constexpr bool value = kValue;
 };
 
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
+
 // The first `count` lanes; the others are zero, or left alone. Loops tell whole vectors apart (kWhole), so
 // that nothing is decided within them.
 template <bool kWhole>
@@ -48,6 +53,24 @@ static inline void store_lanes(float* to, Vector v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = v[i];
 #endif
 }
+
+// Where a clamp passes gradients; see stored_bound().
+struct Clamp {
+  Vector lower, upper;
+
+  Clamp(double lower, double upper)
+      : lower(Vector{} + stored_bound<float>(lower, -__builtin_inf())),
+        upper(Vector{} + stored_bound<float>(upper, __builtin_inf())) {}
+
+  // g, and zero where a was clamped; under the guided rule where g is not positive, too.
+  template <bool kGuided>
+  Vector passing(Vector a, Vector g) const {
+    const Vector zero = {};
+    Vector inside = a <= lower ? zero : g;  // comparisons with NaN are false, so NaN passes
+    inside = a >= upper ? zero : inside;
+    return kGuided ? (g > zero ? inside : zero) : inside;
+  }
+};
 
 // Exchanges the rows and columns of a square of vectors: blocks of half the size, then of a quarter, ...
 static inline void transpose(Vector* rows) {
