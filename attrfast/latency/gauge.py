@@ -33,7 +33,7 @@ from attrfast.units import Units
 
 _SECONDS = 3.0  # to spend on one comparison, about
 _ROUNDS = (7, 41)  # of a comparison, at least and at most
-_NARROW = 0.25  # of every layer, that the narrow copy keeps
+_NARROW = 0.125  # of every layer, that the narrow copy keeps
 _CAUTION = 1.02  # a cut that just so reaches the target by prediction misses it every other time
 
 Gates = Mapping[str, torch.Tensor]
@@ -133,10 +133,15 @@ class Gauge:
         return sum(self._laws[call.key].seconds(*call.widths(removed)) for call in self._calls)
 
     def _share(self, removed: torch.Tensor) -> float:
-        """Of the original's time, by the table: read off between the original, the narrow copy and nothing."""
-        known = {0.0: 0.0, self._few: self._few_share, self._whole: 1.0}
-        places = [place for place in known if place <= self._whole]
-        return float(np.interp(self._by_law(removed), places, [known[place] for place in places]))
+        """Of the original's time, by the table: on the line through the original and the narrow copy."""
+        places, shares = [self._whole], [1.0]
+        if self._few < self._whole:
+            slope = (1 - self._few_share) / (self._whole - self._few)
+            places, shares = [self._few, *places], [self._few_share, *shares]
+            start = max(0.0, self._few_share - slope * self._few)  # what no width takes away
+        else:
+            start = 0.0
+        return float(np.interp(self._by_law(removed), [0.0, *places], [start, *shares]))
 
     def _removed(self, gates: Gates) -> torch.Tensor:
         """(U,) bool of the original's units, those that are gone."""
