@@ -30,7 +30,8 @@ def liked_block(samples: Mapping[str, Sequence[Sample]], counts: Mapping[str, in
     liked = _costs_no_extra(samples, counts)
     errors = {
         block: sum(
-            counts[key] * Law(rows, block, product=True).error_elsewhere() for key, rows in samples.items()
+            counts[key] * Law(rows, block, product=True).error_elsewhere()
+            for key, rows in samples.items()
         )
         for block in _BLOCKS
     }
