@@ -78,7 +78,8 @@ class Law:
 
     def _weights(self, place: np.ndarray) -> np.ndarray:
         """Of the samples, in what is said about a place."""
-        return 1 / (((self._places - place) ** 2).sum(-1) + _NEAR) ** 2
+        weights: np.ndarray = 1 / (((self._places - place) ** 2).sum(-1) + _NEAR) ** 2
+        return weights
 
     def error_elsewhere(self) -> float:
         """Seconds by which every sample is foretold wrongly by the law and by the others around it, in all."""

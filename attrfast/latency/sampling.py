@@ -72,7 +72,7 @@ def sample(
     ways = list(_ways(units, calls, whole))
     random.Random(0).shuffle(ways)  # a slow minute of the machine spoils no one width
     tries: list[list[_Try]] = [[] for _ in ways]
-    others = range(len(ways))
+    others = list(range(len(ways)))
     for sweep in range(_SWEEPS):
         for index in tqdm(others, desc="timing layers", leave=False, disable=None if progress else True):
             if sweep and time.perf_counter() - begun > _MOST:
@@ -141,9 +141,8 @@ def _passes(model: nn.Module, inputs: Inputs, device: torch.device) -> int:
     start = time.perf_counter()
     pass_seconds(model, *inputs, device)
     all_ways = (time.perf_counter() - start) * _SHARE * 2 * _WAYS
-    return max(
-        1, min(_PASSES, int((_SECONDS / all_ways - 1) / 2))
-    )  # one more to warm up, and each is twofold
+    # One pass to warm up; each other is followed by one that is watched, and by the model beside.
+    return max(1, min(_PASSES, int((_SECONDS / all_ways - 1) / 3)))
 
 
 def _ways(units: Units, calls: Sequence[TimedCall], whole: set[int]) -> Iterator[torch.Tensor]:
