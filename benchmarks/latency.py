@@ -44,13 +44,13 @@ _RATE = 0.01  # of learning, in fine-tuning
 
 
 def _mixtures() -> dict[str, Callable[[], float]]:
-    """Shares of a layer's filters that stay, by what stands in the table; a quarter of each is measured anyway."""
+    """Shares of a layer's filters that stay, by what stands in the table."""
     chance = random.Random(7)
     return {
         "all": lambda: 1.0,
         "¾ of each layer": lambda: 0.75,
         "½ of each layer": lambda: 0.5,
-        "⅕ of each layer": lambda: 0.2,
+        "¼ of each layer": lambda: 0.25,
         "¼, ½ or ¾, at random": lambda: chance.choice((0.25, 0.5, 0.75)),
         "20% to 100%, at random": lambda: chance.uniform(0.2, 1.0),
         "10% to 90%, at random": lambda: chance.uniform(0.1, 0.9),

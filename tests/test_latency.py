@@ -96,7 +96,9 @@ def test_predictions_hold_where_calls_wait_longer_than_when_they_were_timed(
     for keep in (lambda n: 3 * n // 4, lambda n: n // 2, lambda n: n // 3):
         smaller, gates = narrowed(model, inputs, keep)
         found = gauge.read(smaller, gates)
-        plain = fake.of_a_pass(model, inputs, {}, CPU) * gauge._by_law(gauge._removed(gates)) / gauge._whole
+        plain = (
+            fake.of_a_pass(model, inputs, {}, CPU) * gauge._by_law(gauge._removed(gates)) / gauge._whole
+        )
         assert found.predicted == pytest.approx(found.seconds, rel=0.05)
         assert abs(plain - found.seconds) > 2 * abs(found.predicted - found.seconds)
 

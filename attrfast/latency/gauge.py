@@ -2,14 +2,15 @@
 
 The laws say how models compare, in the state in which the machine was when the layers were timed. The same
 machine may be slower in the next minute, and not by one factor: what threads and calls cost does not shrink
-with the widths. So two models are measured whenever one is: the original, and a narrow copy of it.
+with the widths. So whenever a model is measured, the original and narrow copies of it are, too.
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from attrfast.units import Units
 
 _SECONDS = 3.0  # to spend on one comparison, about
 _ROUNDS = (7, 41)  # of a comparison, at least and at most
-_NARROW = 0.25  # of every layer, that the narrow copy keeps
+_NARROW = (0.125, 0.375)  # of every layer, that the narrow copies keep
 _CAUTION = 1.02  # a cut that just so reaches the target by prediction misses it every other time
 
 Gates = Mapping[str, torch.Tensor]
@@ -45,7 +46,7 @@ class Reading:
 
     Attributes:
         seconds: of a pass of the model, the median over rounds.
-        predicted: seconds by the table, for an original and a narrow copy that take what they took here.
+        predicted: seconds by the table, for an original and narrow copies that take what they took here.
         share: of the original's time, the median over rounds.
     """
 
@@ -93,8 +94,8 @@ class Gauge:
         self._calls = timed_calls(whole, found)
         inputs = batch.args, batch.kwargs
         fixed = uncuttable(whole, found, inputs)
-        few = evenly(self._units, _NARROW, fixed)
-        self._narrow = narrowed(whole, self._units, few)
+        few = [evenly(self._units, share, fixed) for share in _NARROW]
+        self._narrow = [narrowed(whole, self._units, removed) for removed in few]
         table = Table(folder, _setting(whole, batch, device))
         shapes = [list(tensor.shape) for tensor in tensors_in((batch.args, batch.kwargs))]
         keys = Counter(call.key for call in self._calls)
@@ -111,7 +112,7 @@ class Gauge:
                             inputs,
                             device,
                             whole=fixed,
-                            beside=self._narrow,
+                            beside=self._narrow[-1],
                             progress=progress,
                         )
                     )
@@ -125,18 +126,14 @@ class Gauge:
             for key in keys
         }
         self._whole = self._by_law(torch.zeros(len(self._units), dtype=torch.bool))
-        self._few = self._by_law(few)
+        self._few = [self._by_law(removed) for removed in few]
         self._correction = 1.0
-        self.original, _, _, self._few_share = self._compared(whole)
+        first = self._timed(whole)
+        self.original = statistics.median(first.original)
+        self._few_shares = first.few_shares()
 
     def _by_law(self, removed: torch.Tensor) -> float:
         return sum(self._laws[call.key].seconds(*call.widths(removed)) for call in self._calls)
-
-    def _share(self, removed: torch.Tensor) -> float:
-        """Of the original's time, by the table: read off between the original, the narrow copy and nothing."""
-        known = {0.0: 0.0, self._few: self._few_share, self._whole: 1.0}
-        places = [place for place in known if place <= self._whole]
-        return float(np.interp(self._by_law(removed), places, [known[place] for place in places]))
 
     def _removed(self, gates: Gates) -> torch.Tensor:
         """(U,) bool of the original's units, those that are gone."""
@@ -167,7 +164,7 @@ class Gauge:
             more = self._originals(units, gates)[removed]
             gone[more[more >= 0]] = True
         caution = 1.0 if removed is None else _CAUTION
-        return caution * self.original * self._correction * self._share(gone)
+        return caution * self.original * self._correction * self._share(gone, self._few_shares)
 
     def savings(self, gates: Gates, units: Units) -> torch.Tensor:
         """(U,) seconds that each unit costs at the present widths, see `Law.slopes`."""
@@ -187,34 +184,63 @@ class Gauge:
 
     def read(self, model: nn.Module, gates: Gates) -> Reading:
         """Measures the model beside the original; from now on, predictions start from what it took."""
-        before, after, share, self._few_share = self._compared(model)
-        return Reading(after, before * self.start_from(share, gates), share)
+        took = self._timed(model)
+        gone = self._removed(gates)
+        predicted = [
+            before * self._share(gone, [few / before for few in narrow])
+            for before, *narrow in zip(took.original, *took.narrow, strict=True)
+        ]
+        share = statistics.median(_ratios(took.pruned, took.original))
+        self._few_shares = took.few_shares()
+        self.start_from(share, gates)
+        return Reading(statistics.median(took.pruned), statistics.median(predicted), share)
 
-    def start_from(self, share: float, gates: Gates) -> float:
-        """Lets predictions start from a share that was measured; gives the share by the table alone."""
-        expected = self._share(self._removed(gates))
-        self._correction = share / expected
-        return expected
+    def start_from(self, share: float, gates: Gates) -> None:
+        """Lets predictions start from a share that was measured."""
+        self._correction = share / self._share(self._removed(gates), self._few_shares)
 
-    def _compared(self, model: nn.Module) -> tuple[float, float, float, float]:
-        """Seconds of the original and of the model, and the shares of the model and of the narrow copy."""
-        return self._group.from_first("timing", lambda: self._compared_here(model))
+    def _share(self, removed: torch.Tensor, few_shares: Sequence[float]) -> float:
+        """Of the original's time, by the table: read off between the original and the narrow copies."""
+        places, shares = [self._whole], [1.0]
+        start = 0.0  # of what has no widths left
+        for place, share in zip(reversed(self._few), reversed(few_shares), strict=True):
+            if place < places[0]:
+                slope = (shares[0] - share) / (places[0] - place)
+                start = min(max(0.0, share - slope * place), share)
+                places, shares = [place, *places], [share, *shares]
+        return float(np.interp(self._by_law(removed), [0.0, *places], [start, *shares]))
 
-    def _compared_here(self, model: nn.Module) -> tuple[float, float, float, float]:
+    def _timed(self, model: nn.Module) -> _Times:
+        return self._group.from_first("timing", lambda: self._timed_here(model))
+
+    def _timed_here(self, model: nn.Module) -> _Times:
         each = getattr(self, "original", None)
         least, most = _ROUNDS
         rounds = least if each is None else max(least, min(most, int(_SECONDS / (4 * each))))
         batch = self._batch
-        models = {"original": self._model, "pruned": model, "narrow": self._narrow}
+        narrow = {f"narrow {i}": copied for i, copied in enumerate(self._narrow)}
+        models = {"original": self._model, "pruned": model, **narrow}
         with memory_is_kept(self._device):
             found = in_turns(models, batch.args, batch.kwargs, self._device, rounds)
-        before, after, narrow = (np.array(found[name].seconds) for name in models)
-        return (
-            float(np.median(before)),
-            float(np.median(after)),
-            float(np.median(after / before)),
-            float(np.median(narrow / before)),
-        )
+        original, pruned, *few = (latency.seconds for latency in found.values())
+        return _Times(original, pruned, tuple(few))
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Seconds of passes, in the same rounds: of the original, of a model, and of the narrow copies."""
+
+    original: tuple[float, ...]
+    pruned: tuple[float, ...]
+    narrow: tuple[tuple[float, ...], ...]
+
+    def few_shares(self) -> list[float]:
+        """Of the original's time, what each narrow copy takes."""
+        return [statistics.median(_ratios(few, self.original)) for few in self.narrow]
+
+
+def _ratios(some: Sequence[float], whole: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(some, whole, strict=True)]
 
 
 def _step(block: int, width: int) -> int:

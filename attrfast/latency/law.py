@@ -53,6 +53,7 @@ class Law:
         self._coefficients = _not_negative(features / seconds[:, None], range(4) if product else (0, 2))
         self._most = np.array([inputs.max(), outputs.max()])
         self._places = np.stack([self._place(s.inputs, s.outputs) for s in samples])
+        self._seconds = seconds
         self._excess = np.log(seconds / np.maximum(features @ self._coefficients, 1e-12))
 
     def _features(self, inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
@@ -71,10 +72,23 @@ class Law:
         """The prediction; none where nothing comes out."""
         if inputs <= 0 or outputs <= 0:
             return 0.0
-        distance = ((self._places - self._place(inputs, outputs)) ** 2).sum(1)
-        weight = 1 / (distance + _NEAR) ** 2
+        weight = self._weights(self._place(inputs, outputs))
         excess = float((weight * self._excess).sum() / weight.sum())
         return self.law(inputs, outputs) * math.exp(excess)
+
+    def _weights(self, place: np.ndarray) -> np.ndarray:
+        """Of the samples, in what is said about a place."""
+        weights: np.ndarray = 1 / (((self._places - place) ** 2).sum(-1) + _NEAR) ** 2
+        return weights
+
+    def error_elsewhere(self) -> float:
+        """Seconds by which every sample is foretold wrongly by the law and by the others around it, in all."""
+        if len(self._seconds) < 2:
+            return 0.0
+        weights = self._weights(self._places[:, None])
+        np.fill_diagonal(weights, 0.0)
+        foretold = (weights @ self._excess) / weights.sum(1)
+        return float((self._seconds * np.abs(np.expm1(foretold - self._excess))).sum())
 
     def slopes(self, inputs: int, outputs: int) -> tuple[float, float]:
         """Seconds that an input and an output are worth, over the next whole block of them.

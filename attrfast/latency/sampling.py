@@ -1,7 +1,9 @@
 """Narrows copies of a model in many ways and times every layer of each.
 
 Beside every copy, one and the same narrow model is timed. It tells what state the machine was in: a copy that
-met another state than most is timed again. Each way gives every layer one of five widths so that, over all ways, a layer meets each of its widths with
+met another state than most is timed again.
+
+Each way gives every layer one of five widths so that, over all ways, a layer meets each of its widths with
 each width of every layer that feeds it: an orthogonal array of 25 rows, whose columns go to layers like
 colours to a map. A second sweep takes widths that are no round numbers.
 """
@@ -31,8 +33,8 @@ from attrfast.units import Units
 _LEVELS = (1.0, 0.75, 0.5, 0.25, 0.125)
 _WAYS = len(_LEVELS) ** 2
 _SHARE = 0.45  # of the whole model's time, that a narrowed one takes on average
-_SECONDS = 20.0  # to spend on passes, about
-_MOST = 60.0  # seconds, after which nothing is timed again
+_SECONDS = 40.0  # to spend on passes, about
+_MOST = 90.0  # seconds, after which nothing is timed again
 _PASSES = 11  # of one narrowed copy, at most
 _SWEEPS = 3  # over the ways that met another state, the first one included
 _SAME = math.log(1.1)  # between times of one model, within which the machine is in the same state
@@ -70,7 +72,7 @@ def sample(
     ways = list(_ways(units, calls, whole))
     random.Random(0).shuffle(ways)  # a slow minute of the machine spoils no one width
     tries: list[list[_Try]] = [[] for _ in ways]
-    others = range(len(ways))
+    others = list(range(len(ways)))
     for sweep in range(_SWEEPS):
         for index in tqdm(others, desc="timing layers", leave=False, disable=None if progress else True):
             if sweep and time.perf_counter() - begun > _MOST:
@@ -111,20 +113,21 @@ def _watched(
     something disturbs one call or another, medians add up to less than that of the sums.)
     """
     seconds, alone, state = [], [], []
-    for _ in range(passes + 1):
-        state.append(whole_pass_seconds(beside, *inputs, device))
-        alone.append(whole_pass_seconds(model, *inputs, device))
+    for watched in range(passes + 1):
+        if watched:  # in the first pass libraries choose their kernels
+            state.append(whole_pass_seconds(beside, *inputs, device))
+            alone.append(whole_pass_seconds(model, *inputs, device))
         seconds.append(pass_seconds(model, *inputs, device))
         if len(seconds[-1]) != calls:
             raise ModelError(
                 f"the model made {len(seconds[-1])} calls in a pass and {calls} in another; a latency can "
                 f"only be predicted for one that makes the same calls in every pass"
             )
-    found = torch.tensor(seconds[1:], dtype=torch.float64)  # libraries choose their kernels in the first
-    usual = statistics.median(alone[1:])
+    found = torch.tensor(seconds[1:], dtype=torch.float64)
+    usual = statistics.median(alone)
     excess = float(found.sum(1).median()) - usual
     found = torch.maximum(found - excess / calls, found / 4)
-    return _Try(found * (usual / float(found.median(0).values.sum())), statistics.median(state[1:]))
+    return _Try(found * (usual / float(found.median(0).values.sum())), statistics.median(state))
 
 
 def _summed_up(inputs: int, outputs: int, took: list[float]) -> Sample:
@@ -137,8 +140,9 @@ def _passes(model: nn.Module, inputs: Inputs, device: torch.device) -> int:
     pass_seconds(model, *inputs, device)
     start = time.perf_counter()
     pass_seconds(model, *inputs, device)
-    each = (time.perf_counter() - start) * 2 * _SHARE * 2 * _WAYS
-    return max(1, min(_PASSES, int(_SECONDS / each) - 1))
+    all_ways = (time.perf_counter() - start) * _SHARE * 2 * _WAYS
+    # One pass to warm up; each other is followed by one that is watched, and by the model beside.
+    return max(1, min(_PASSES, int((_SECONDS / all_ways - 1) / 3)))
 
 
 def _ways(units: Units, calls: Sequence[TimedCall], whole: set[int]) -> Iterator[torch.Tensor]:
