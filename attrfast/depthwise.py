@@ -43,7 +43,7 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = F
 
 def _pays(channels: int) -> bool:
     """Whether it is not slower than the library's, by the measurements in docs/depthwise.md."""
-    return channels >= 8
+    return channels >= 16
 
 
 def convolve(

@@ -334,12 +334,12 @@ inline bool to_do(const Depthwise& op) {
   return op.n > 0 && op.channels > 0;
 }
 
-// Of x, the weight and the factor; gives the elements of y.
-inline int64_t check_reads(Check& check, const Depthwise& op) {
+// Of x, which the launch calls `name`, the weight and the factor; gives the elements of y.
+inline int64_t check_reads(Check& check, const Depthwise& op, const char* name) {
   const int64_t weight = reach(
       check,
       {{op.channels, op.weight_channel}, {op.kernel, op.weight_row}, {op.kernel, op.weight_column}});
-  check.reads("x", op.x, op.n * op.input[0] * op.input[1] * op.channels, sizeof(float));
+  check.reads(name, op.x, op.n * op.input[0] * op.input[1] * op.channels, sizeof(float));
   check.reads("weight", op.weight, weight, sizeof(float));
   check.may_read("factor", op.factor, op.channels, sizeof(float));
   return op.n * op.output[0] * op.output[1] * op.channels;
@@ -348,7 +348,7 @@ inline int64_t check_reads(Check& check, const Depthwise& op) {
 inline void check_memory(const Depthwise& op, double lower, double upper, int64_t scratch_floats) {
   Check check("depthwise");
   check_bounds(check, lower, upper);
-  const int64_t y = check_reads(check, op);
+  const int64_t y = check_reads(check, op, "x");
   check_end(check, op, op.channels, y, scratch_floats);
 }
 
@@ -356,7 +356,7 @@ inline void check_memory(const DepthwiseBackward& op, int64_t scratch_floats) {
   Check check("depthwise_backward");
   check_bounds(check, op.lower, op.upper);
   const Depthwise& product = op.product;
-  const int64_t y = check_reads(check, product);
+  const int64_t y = check_reads(check, product, "g");
   check.reads("a", op.a, product.n * product.input[0] * product.input[1] * product.channels,
               sizeof(float));
   check.may_write("s", op.s, product.n * product.channels, sizeof(float));

@@ -246,8 +246,14 @@ WRONG = [
 ]
 SMALL = st.integers(0, 4)
 MOST_ROOMS = 160
-# Addresses behind the strides of the weight, and how many of them are written.
-CONVOLUTIONS = {"winograd": (5, 2), "pointwise": (6, 2), "pointwise_backward": (5, 4)}
+# Numbers that tell of the weight, addresses behind them, and how many of these are written.
+CONVOLUTIONS = {
+    "winograd": (4, 5, 2),
+    "pointwise": (2, 6, 2),
+    "pointwise_backward": (2, 5, 4),
+    "depthwise": (3, 6, 2),
+    "depthwise_backward": (3, 4, 3),
+}
 
 
 class Memory:
@@ -298,6 +304,10 @@ def launches(draw: st.DrawFn) -> tuple[str, list[Any], list[str], list[Any], set
                 ("pointwise_backward", [shape[2], draw(SMALL), 1 + shape[3], shape[2]],
                  ["a", "g", "residual", "weight"],
                  [1, 5, 0, 0, 0, 0, 0, *bounds, flag, draw(st.integers(0, 2)), threads], {"gx"}),
+                ("depthwise", [shape[2], 1 + shape[3], (4, 5), (4, 5), 3, 1, (1, 1), flag], ["x", "weight"],
+                 [9, 3, 1, 0, 0, 0, 0, 4, 5, *bounds, threads], {"y"}),
+                ("depthwise_backward", [shape[2], 1 + shape[3], (2, 3), (4, 5), 3, 2, (1, 1)],
+                 ["a", "g", "weight"], [9, 3, 1, 0, 0, 0, 0, *bounds, flag, threads], {"gx"}),
             ]
         )
     )  # fmt: skip
@@ -310,9 +320,9 @@ def numbers(draw: st.DrawFn) -> tuple[str, list[Any], set[int]]:
     args: list[Any] = [*first, *(("room", turn) for turn in range(len(addresses))), *last]
     rooms = {turn for turn, address in enumerate(addresses) if address in written}
     if name in CONVOLUTIONS:  # their results and their scratch stand behind other numbers
-        count, written = CONVOLUTIONS[name]
+        told, count, written = CONVOLUTIONS[name]
         before = len(addresses)
-        behind = len(first) + before + (4 if name == "winograd" else 2)
+        behind = len(first) + before + told
         args[behind : behind + count] = [("room", before + turn) for turn in range(count)]
         # The last one, for scratch, is large.
         rooms = {before + count - 1 - turn for turn in range(1, written)}
@@ -370,6 +380,14 @@ def test_a_native_launch_is_right_or_refuses(case: tuple[str, list[Any], set[int
         ("segment_normalize", (0, 64, 128, 1, 1, 256, 3, 1), "kind is 3, expected 0 to 2"),
         ("winograd_floats", (1, (1, 1), 1, 1, (0, 0), 1), "no room for a window"),
         ("winograd_floats", (1, (3, 3), 0, 1, (0, 0), 1), "channels_in is 0"),
+        ("depthwise_floats", (1, 1, (3, 3), (3, 3), 4, 1, (1, 1), False, 1), "kernel must be 3, 5 or 7"),
+        ("depthwise_floats", (1, 1, (3, 3), (3, 3), 3, 3, (1, 1), False, 1), "stride is 3, expected 1 to 2"),
+        ("depthwise_floats", (1, 1, (3, 3), (3, 3), 3, 1, (3, 1), False, 1), "padding is 3, expected 0 to 2"),
+        ("depthwise_floats", (1, 1, (3, 3), (2, 3), 3, 1, (1, 1), False, 1), "no such convolution"),
+        ("depthwise_floats", (1, 1, (1, 3), (1, 3), 3, 1, (0, 1), False, 1), "no room for a window"),
+        ("depthwise_floats", (1, 1, (2, 2), (5, 3), 3, 2, (1, 1), True, 1), "no such convolution"),
+        ("depthwise_backward", (1, 1, (1, 1), (1, 1), 3, 1, (1, 1), 64, 128, 192, 9, 3, 1, 0, 256, 128, 384,
+         0.0, 1.0, False, 1), "s overlaps g"),
         ("pointwise_floats", (1, 1, 0, 1, 1), "channels_in is 0"),
         ("pointwise_floats", (2**40, 2**40, 1, 1, 1), "x has too many elements"),
         ("pointwise_backward_floats", (1, 1, 0, 1, 1), "channels_in is 0"),
