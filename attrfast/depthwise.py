@@ -1,4 +1,4 @@
-"""Depthwise convolutions by the backend's own kernels, with what follows them in the same launch, forward and back.
+"""Depthwise convolutions by the backend's own kernels, with what follows them in the same launch, both ways.
 
 Must not know what a stage or a pass is.
 """

@@ -214,8 +214,8 @@ def _in_one_launch(
     if alone and depthwise.suits(grad, run.weight, run.geometry, transposed=True):
         (stride, _), padding, *_ = run.geometry
         given = a, grad, run.weight, padding, stride, shape[2:], run.scale
-        rules = run.lower, run.upper, run.guided, attribute
-        gx, s = depthwise.gradient(*given, *rules, buffers=run.memory)
+        bounds = run.lower, run.upper, run.guided
+        gx, s = depthwise.gradient(*given, *bounds, attribute, buffers=run.memory)
         return gx, None, s
     if not pointwise.suits(grad, run.weight, run.geometry, transposed=True):
         return None

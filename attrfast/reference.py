@@ -10,6 +10,7 @@ import itertools
 
 import torch
 from torch.nn import functional
+from torch.nn.grad import conv2d_input
 
 __all__ = [
     "affine_add_relu_backward",
@@ -224,7 +225,7 @@ def depthwise_backward(
     """
     gz, s = affine_relu_backward(a, g, scale, lower, upper, guided, attribute)
     shape = [*g.shape[:2], *size]
-    gx = torch.nn.grad.conv2d_input(shape, weight, gz, stride, padding, groups=len(weight))
+    gx = conv2d_input(shape, weight, gz, stride, padding, groups=len(weight))  # type: ignore[no-untyped-call]
     return gx, s
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(not ISAS, reason="the native module is not built
 Tensor = torch.Tensor
 LAST = torch.channels_last
 
-# N, channels, H, W, kernel, stride, padding: whole and partial vectors, blocks and parts; windows wider than the
-# map, rows that no window reads, windows over nothing but padding.
+# N, channels, H, W, kernel, stride, padding: whole and partial vectors, blocks and parts; windows wider than
+# the map, rows that no window reads, windows over nothing but padding.
 CASES = [
     (2, 32, 8, 8, 3, 1, (1, 1)),
     (1, 40, 7, 9, 3, 2, (1, 1)),
@@ -64,7 +64,7 @@ def strided(weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", [lambda weight: weight, strided], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_it_convolves(isa: str, case: tuple[int, ...], layout: object) -> None:
+def test_it_convolves(isa: str, case: tuple[int, ...], layout: Callable[[Tensor], Tensor]) -> None:
     x, weight, out = tensors(case)
     given = layout(weight)
     *_, stride, padding = case
