@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from op_cases import MUTATES, OPS, Call, copy_of, make_call, whole
 
@@ -341,6 +341,9 @@ def numbers(draw: st.DrawFn) -> tuple[str, list[Any], set[int]]:
             args[place] = draw(st.sampled_from([tuple(pair), -1, (1,), ()]))
         elif value not in (0, None) or place < len(first):
             args[place] = draw(st.sampled_from([*WRONG, math.nan]))
+    # Without positions a launch still writes a sum for every channel, and there is no memory for so many.
+    sizes = [value for value in args[: len(first)] if isinstance(value, int)]
+    assume(name in CONVOLUTIONS or 0 not in sizes or max(sizes) < 2**31)
     return name, args, rooms
 
 

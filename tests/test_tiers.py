@@ -11,8 +11,8 @@ from small_networks import NETWORKS, DataDependent
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attrfast import depthwise, ops, pointwise, winograd
 from attrfast import fused as tier
-from attrfast import ops, winograd
 from attrfast.batches import main_output
 from attrfast.channels import Discovery, discover
 from attrfast.following import PlanMismatchError
@@ -256,7 +256,11 @@ class _Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "mobilenet_v2", "densenet121"])
-def test_no_gradient_of_a_weight_is_computed(name: str, fused: bool) -> None:
+def test_no_gradient_of_a_weight_is_computed(
+    name: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ours in (winograd, pointwise, depthwise):
+        monkeypatch.setattr(ours, "ENABLED", False)  # so that all of them are PyTorch's
     model, images = family(name), images_for(name, 2)
     found = discover(model, (images,))
     runner = Runner(model, found, guided=False, absolute=False, fused=fused)
