@@ -28,6 +28,14 @@ def each(value: Any, count: int) -> list[int]:
     return values * count if len(values) == 1 else values
 
 
+def size_made(
+    size: Sequence[int], kernel: Sequence[int], padding: Sequence[int], stride: Sequence[int]
+) -> list[int]:
+    """Spatial sizes of what a convolution without dilation makes of an input of `size`."""
+    dimensions = zip(size, kernel, padding, stride, strict=True)
+    return [(n + 2 * p - k) // s + 1 for n, k, p, s in dimensions]
+
+
 def may_be_ours(x: torch.Tensor, weight: torch.Tensor, transposed: bool, groups: int = 1) -> bool:
     """Whether these are tensors that kernels of our own convolve: float32, channels-last, without autocast.
 

@@ -11,7 +11,7 @@ import torch
 
 from attrfast._backend import backend_for
 from attrfast.buffers import Buffers, empty_channels_last, scratch_for
-from attrfast.convolution import Geometry, may_be_ours
+from attrfast.convolution import Geometry, may_be_ours, size_made
 from attrfast.layouts import laid
 from attrfast.reference import INF
 
@@ -79,7 +79,7 @@ def convolve(
     """
     kernel = weight.shape[2]
     if not transposed:
-        size = [(n + 2 * p - kernel) // stride + 1 for n, p in zip(x.shape[2:], padding, strict=True)]
+        size = size_made(x.shape[2:], weight.shape[2:], padding, [stride, stride])
     assert size is not None
     if out is None:
         out = empty_channels_last(buffers, (*x.shape[:2], *size))

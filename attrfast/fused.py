@@ -17,7 +17,14 @@ import torch
 
 from attrfast import depthwise, ops, pointwise, turning, winograd
 from attrfast.buffers import Buffers, empty_channels_last
-from attrfast.convolution import Geometry, each, input_gradient, left_behind, library_pointwise
+from attrfast.convolution import (
+    Geometry,
+    each,
+    input_gradient,
+    left_behind,
+    library_pointwise,
+    size_made,
+)
 from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import Plan
 from attrfast.layouts import channels_lie_together, empty_laid, laid
@@ -205,7 +212,7 @@ def _in_one_launch(
     shape, strides, dtype = run.x_like
     if not run.clamps or run.pool is not None or dtype != g.dtype or len(shape) != 4 or strides[1] != 1:
         return None
-    alone = run.weight.shape[1] == 1 and not to_residual and run.branch is None
+    alone = run.geometry.groups == len(run.weight) and not to_residual and run.branch is None
     if run.weight.shape[2:] != (1, 1) and not alone:  # before anything is copied
         return None
     grad = laid(g, True)
@@ -678,9 +685,8 @@ class PlanMode(CallMode):
             own = _own_kernel(x, weight, geometry)
         if own is not None and "pool" not in run.stage.roles.values():
             run.own = _whole(own, x, weight, bias, geometry.padding, self.buffers)
-            sizes = zip(x.shape[2:], geometry.padding, weight.shape[2:], geometry.stride, strict=True)
-            made = len(x), len(weight), *((n + 2 * p - k) // s + 1 for n, p, k, s in sizes)
-            run.x, run.z = x, x.new_empty(()).expand(made)
+            made = size_made(x.shape[2:], weight.shape[2:], geometry.padding, geometry.stride)
+            run.x, run.z = x, x.new_empty(()).expand(len(x), len(weight), *made)
             return
 
         def convolve(part: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from attrfast._backend import backend_for
 from attrfast.buffers import Buffers, empty_channels_last, scratch_for
-from attrfast.convolution import Geometry, may_be_ours
+from attrfast.convolution import Geometry, may_be_ours, size_made
 from attrfast.layouts import laid
 from attrfast.reference import INF
 
@@ -49,7 +49,7 @@ def _pays(reads: int, makes: int, samples: int, rows: int, columns: int) -> bool
 def _sizes(x: Tensor, padding: list[int], transposed: bool) -> list[int]:
     """Rows and columns of what a convolution of x makes."""
     grown = [2 - p for p in padding] if transposed else padding
-    return [n + 2 * p - 2 for n, p in zip(x.shape[2:], grown, strict=True)]
+    return size_made(x.shape[2:], [3, 3], grown, [1, 1])
 
 
 def convolve(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import pytest
 import torch
 from op_checks import ISAS, Poisoned, laid, using
+from own_convolutions import assert_scores_of_float64, block, launches_of, trained_statistics
 from torch import nn
 from torch.nn import functional
 
@@ -18,7 +18,6 @@ from attrfast.convolution import Geometry
 pytestmark = pytest.mark.skipif(not ISAS, reason="the native module is not built")
 
 Tensor = torch.Tensor
-LAST = torch.channels_last
 
 # N, channels in, channels out, H, W: whole and partial blocks, vectors and panels of channels; more positions
 # than output channels, and fewer.
@@ -290,53 +289,21 @@ class Dense(nn.Module):
         return self.transition(x)
 
 
-def block(
-    reads: int, makes: int, size: int, activation: nn.Module | None = None, groups: int = 1
-) -> nn.Sequential:
-    convolution = nn.Conv2d(reads, makes, size, padding=size // 2, groups=groups, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(makes), activation or nn.Identity())
-
-
 NETWORKS = {"bottleneck": Bottleneck, "inverted residual": InvertedResidual, "dense": Dense}
-
-
-def trained_statistics(name: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    torch.manual_seed(0)
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5))
-    net = nn.Sequential(NETWORKS[name](), head).to(memory_format=LAST)
-    images = torch.randn(6, 3, 16, 15).contiguous(memory_format=LAST)
-    net(images)  # batch norms have statistics
-    return net.eval(), [(images, torch.arange(6) % 5)]
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What every launch of a pass was for."""
-    made: list[str] = []
-
-    def note(name: str) -> None:
-        real = getattr(pointwise, name)
-
-        def noted(*args: object, **kwargs: object) -> object:
-            made.append("transposed" if kwargs.get("transposed") else name)
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(pointwise, name, noted)
-
-    note("convolve")
-    note("gradient")
-    return made
+    return launches_of(pointwise, monkeypatch)
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "taylor_guided", "attribution", "apoz"])
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_a_pass_gives_the_scores_of_float64(name: str, criterion: str, calls: list[str]) -> None:
-    net, data = trained_statistics(name)
-    got = attrfast.attribute(net, data, criterion, progress=False)
+    net, data = trained_statistics(NETWORKS[name])
+    assert_scores_of_float64(net, data, criterion)
     assert calls.count("convolve") >= 3
-    wide = [(images.double(), labels) for images, labels in data]
-    want = attrfast.attribute(copy.deepcopy(net).double(), wide, criterion, progress=False)
-    assert (got.importance - want.importance).norm() <= 1e-5 * want.importance.norm()
 
 
 @pytest.mark.parametrize(
@@ -346,7 +313,7 @@ def test_a_pass_gives_the_scores_of_float64(name: str, criterion: str, calls: li
 def test_a_pass_uses_it_forward_and_backward(
     name: str, forward: int, fused: int, transposed: int, calls: list[str]
 ) -> None:
-    net, data = trained_statistics(name)
+    net, data = trained_statistics(NETWORKS[name])
     attrfast.attribute(net, data, "attribution", progress=False)
     made = {each: calls.count(each) for each in ("convolve", "gradient", "transposed")}
     assert made == {"convolve": forward, "gradient": fused, "transposed": transposed}
@@ -354,11 +321,8 @@ def test_a_pass_uses_it_forward_and_backward(
 
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_a_contiguous_pass_gives_the_scores_of_float64_too(name: str, calls: list[str]) -> None:
-    net, data = trained_statistics(name)
+    net, data = trained_statistics(NETWORKS[name])
     net = net.to(memory_format=torch.contiguous_format)
     data = [(images.contiguous(), labels) for images, labels in data]
-    got = attrfast.attribute(net, data, "attribution", progress=False)
+    assert_scores_of_float64(net, data, "attribution")
     assert calls.count("gradient") >= 2
-    wide = [(images.double(), labels) for images, labels in data]
-    want = attrfast.attribute(copy.deepcopy(net).double(), wide, "attribution", progress=False)
-    assert (got.importance - want.importance).norm() <= 1e-5 * want.importance.norm()

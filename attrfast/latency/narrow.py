@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from attrfast.channels import Discovery
 from attrfast.surgery import cut
-from attrfast.units import Layer, Units
+from attrfast.units import Units
 
 Inputs = tuple[Sequence[Any], dict[str, Any]]
 
@@ -23,9 +23,18 @@ def narrowed(model: nn.Module, units: Units, removed: torch.Tensor) -> nn.Module
     return narrow
 
 
-def removable(units: Units, layer: Layer) -> list[int]:
-    """The layer's units that may go."""
-    return [unit for unit in layer.units if units.frozen[unit] is None]
+def cut_to(units: Units, keep: Callable[[int, int], int]) -> torch.Tensor:
+    """(U,) bool, the units that are gone where layers keep the first of those that may go.
+
+    Args:
+        keep: of a layer, by its index and how many of its units may go; layers without any are not asked.
+    """
+    removed = torch.zeros(len(units), dtype=torch.bool)
+    for index, layer in enumerate(units.layers):
+        free = [unit for unit in layer.units if units.frozen[unit] is None]
+        if free:
+            removed[free[keep(index, len(free)) :]] = True
+    return removed
 
 
 def rounded(level: int, width: int) -> int:
@@ -40,12 +49,11 @@ def evenly(units: Units, share: float, whole: set[int]) -> torch.Tensor:
     Args:
         whole: layers (by index) that keep all.
     """
-    removed = torch.zeros(len(units), dtype=torch.bool)
-    for index, layer in enumerate(units.layers):
-        free = removable(units, layer)
-        if index not in whole and free:
-            removed[free[rounded(round(share * len(free)), len(free)) :]] = True
-    return removed
+
+    def keep(index: int, width: int) -> int:
+        return width if index in whole else rounded(round(share * width), width)
+
+    return cut_to(units, keep)
 
 
 def uncuttable(model: nn.Module, found: Discovery, inputs: Inputs) -> set[int]:
@@ -53,10 +61,7 @@ def uncuttable(model: nn.Module, found: Discovery, inputs: Inputs) -> set[int]:
     units = found.units
 
     def runs(layers: Sequence[int]) -> bool:
-        removed = torch.zeros(len(units), dtype=torch.bool)
-        for index in layers:
-            free = removable(units, units.layers[index])
-            removed[free[max(1, len(free) // 2) :]] = True
+        removed = cut_to(units, lambda index, width: max(1, width // 2) if index in layers else width)
         try:
             with torch.no_grad():
                 narrowed(model, units, removed)(*inputs[0], **inputs[1])

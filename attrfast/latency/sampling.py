@@ -27,7 +27,7 @@ from attrfast.errors import ModelError
 from attrfast.latency.clock import pass_seconds, whole_pass_seconds
 from attrfast.latency.law import Sample
 from attrfast.latency.layers import TimedCall
-from attrfast.latency.narrow import Inputs, narrowed, removable, rounded
+from attrfast.latency.narrow import Inputs, cut_to, narrowed, rounded
 from attrfast.units import Units
 
 _LEVELS = (1.0, 0.75, 0.5, 0.25, 0.125)
@@ -149,19 +149,21 @@ def _ways(units: Units, calls: Sequence[TimedCall], whole: set[int]) -> Iterator
     """(U,) bool each, the units that are gone."""
     column = _columns(units, calls)
     chance = random.Random(1)
+
+    def way(round_numbers: bool, p: int, q: int) -> torch.Tensor:
+        def keep(index: int, width: int) -> int:
+            if index in whole:
+                return width
+            kind = column[index]
+            place = (p, q)[kind] if kind < 2 else p + (kind - 1) * q
+            level = round(_LEVELS[place % len(_LEVELS)] * width)
+            return rounded(level, width) if round_numbers else _odd(level, chance)
+
+        return cut_to(units, keep)
+
     for round_numbers in (True, False):
         for p, q in itertools.product(range(len(_LEVELS)), repeat=2):
-            removed = torch.zeros(len(units), dtype=torch.bool)
-            for index, layer in enumerate(units.layers):
-                free = removable(units, layer)
-                if index in whole or not free:
-                    continue
-                kind = column[index]
-                place = (p, q)[kind] if kind < 2 else p + (kind - 1) * q
-                level = round(_LEVELS[place % len(_LEVELS)] * len(free))
-                keep = rounded(level, len(free)) if round_numbers else _odd(level, chance)
-                removed[free[keep:]] = True
-            yield removed
+            yield way(round_numbers, p, q)
 
 
 def _odd(level: int, chance: random.Random) -> int:

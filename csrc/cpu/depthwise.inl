@@ -243,7 +243,7 @@ static void depthwise(const Depthwise& op, int threads) {
   });
 }
 
-// `count` columns of a gradient, next to each other: what passes goes to `to`, and a * g is added to acc.
+// A vector of channels, of which `count` are there unless kWhole, of R columns of a gradient: what passes goes to `to`, and a * g is added to acc.
 template <int R, bool kWhole, bool kGuided, bool kMeasured>
 static inline void mask_columns(const DepthwiseBackward& op, const Clamp& clamp, int64_t from, float* to,
                                 int64_t to_step, float* acc, int64_t count) {
@@ -330,13 +330,7 @@ static void depthwise_backward_typed(const DepthwiseBackward& op, int threads) {
     });
   });
   if (!kMeasured) return;
-  for (int64_t n = 0; n < product.n; ++n) {
-    for (int64_t c = 0; c < channels; ++c) {
-      double total = 0;
-      for (int64_t i = 0; i < plan.parts; ++i) total += partial[(n * plan.parts + i) * channels + c];
-      op.s[n * channels + c] = static_cast<float>(total);
-    }
-  }
+  add_parts(partial, product.n, plan.parts, channels, op.s);
   delete[] partial;
 }
 

@@ -66,6 +66,18 @@ static inline Compute<T> stored_bound(double bound, double none) {
 // What a missing shift adds: adding 0 would lose the sign of -0.
 constexpr float kNoShift = -0.0f;
 
+// s[n, c] = the sum over a sample's parts, in order.
+template <class C>
+static void add_parts(const double* partial, int64_t samples, int64_t parts, int64_t channels, C* s) {
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t c = 0; c < channels; ++c) {
+      double total = 0;
+      for (int64_t i = 0; i < parts; ++i) total += partial[(n * parts + i) * channels + c];
+      s[n * channels + c] = static_cast<C>(total);
+    }
+  }
+}
+
 // Sums over positions of a channels-last tensor: body(row, acc) adds position `row` of channels 0..C
 // into acc. s gets the totals.
 template <class C, class Body>
@@ -96,15 +108,7 @@ static void sum_channels_last(const Shape& shape, void* s_out, bool wanted, int 
     delete[] acc;
   }
   if (!wanted) return;
-  C* s = static_cast<C*>(s_out);
-  for (int64_t n = 0; n < shape.n; ++n) {
-    for (int64_t c = 0; c < channels; ++c) {
-      double total = 0;
-      for (int64_t i = 0; i < pieces.per_sample; ++i)
-        total += partial[(n * pieces.per_sample + i) * channels + c];
-      s[n * channels + c] = static_cast<C>(total);
-    }
-  }
+  add_parts(partial, shape.n, pieces.per_sample, channels, static_cast<C*>(s_out));
   delete[] partial;
 }
 

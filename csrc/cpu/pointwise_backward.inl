@@ -77,14 +77,7 @@ static void pointwise_backward_typed(const PointwiseBackward& op, int threads) {
         }
       });
   if (kWhat == kNone) return;
-  for (int64_t n = 0; n < product.n; ++n) {
-    for (int64_t c = 0; c < channels; ++c) {
-      double total = 0;
-      for (int64_t i = 0; i < slots.per_sample; ++i)
-        total += partial[(n * slots.per_sample + i) * channels + c];
-      op.s[n * channels + c] = static_cast<float>(total);
-    }
-  }
+  add_parts(partial, product.n, slots.per_sample, channels, op.s);
   delete[] partial;
 }
 
