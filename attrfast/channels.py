@@ -12,7 +12,7 @@ from torch import nn
 
 from attrfast.errors import ModelError
 from attrfast.flow import Analysis
-from attrfast.labels import NONE
+from attrfast.labels import NONE, Labels
 from attrfast.trace import Trace, trace
 from attrfast.units import Layer, Units
 
@@ -88,8 +88,11 @@ def discover(
         )
     units, unit_of = _collect(analysis)
     found = {}
+    rows: dict[int, torch.Tensor] = {}  # by the labels, which many values share
     for value, place in channels.items():
-        row = unit_of[list(place.labels)]
+        row = rows.get(id(place.labels))
+        if row is None:
+            row = rows[id(place.labels)] = unit_of[torch.tensor(place.labels)]
         if bool((row >= 0).any()):
             found[value] = (place.dim, row)
     return Discovery(units, record, found)
@@ -98,32 +101,37 @@ def discover(
 def _collect(analysis: Analysis) -> tuple[Units, torch.Tensor]:
     """The units, and the unit of every label: -1 for none, and for `NONE` as well, which is the last."""
     labels = analysis.labels
-    root = [labels.root(label) for label in range(len(labels.parent))]
-    read = {root[x] for row in analysis.inputs.values() for x in row if x != NONE}
+    root = torch.tensor([*labels.roots(), NONE])  # the last is that of NONE
+    outputs, inputs = _roots_in(analysis.outputs, root), _roots_in(analysis.inputs, root)
+    read, frozen_here = (torch.zeros(len(root), dtype=torch.bool) for _ in range(2))
+    read[torch.cat([root[:0], *inputs.values()])] = True
+    frozen_here[torch.tensor(list(labels.reasons), dtype=torch.int64)] = True
+    read[NONE] = False
     # A convolution that nothing reads makes the model's outputs: it is no candidate, and has no score.
     convs = [
         name
         for name in analysis.scored
-        if any(root[x] in read for x in analysis.outputs[name])
-        or not any(root[x] in labels.reasons for x in analysis.outputs[name])
+        if bool(read[outputs[name]].any()) or not bool(frozen_here[outputs[name]].any())
     ]
-    ids: dict[int, int] = {}
-    for name in convs:
-        for label in analysis.outputs[name]:
-            ids.setdefault(root[label], len(ids))
-    unit_of = torch.tensor([ids.get(x, -1) for x in root] + [-1], dtype=torch.int64)
+    # Units are numbered in the order in which convolutions make them.
+    made = torch.cat([root[:0], *(outputs[name] for name in convs)])
+    ids, place = torch.unique(made, return_inverse=True)
+    first = torch.full_like(ids, len(made)).scatter_reduce(0, place, torch.arange(len(made)), "amin")
+    ids = ids[torch.argsort(first)]
+    unit_of_root = torch.full_like(root, -1)
+    unit_of_root[ids] = torch.arange(len(ids))
+    unit_of = unit_of_root[root]
 
-    def mapped(rows: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        found = {name: unit_of[list(row)] for name, row in rows.items()}
+    def mapped(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = {name: unit_of_root[row] for name, row in rows.items()}
         return {name: row for name, row in found.items() if bool((row >= 0).any())}
 
-    outputs = mapped(analysis.outputs)
-    inputs = mapped(analysis.inputs)
+    outputs, inputs = mapped(outputs), mapped(inputs)
     filters = {name: outputs[name] for name in convs}
     size = torch.zeros(len(ids), dtype=torch.int64)
     for row in filters.values():
         size.index_add_(0, row[row >= 0], torch.ones_like(row[row >= 0]))
-    frozen: list[str | None] = [labels.reasons.get(root) for root in ids]
+    frozen: list[str | None] = [labels.reasons.get(label) for label in ids.tolist()]
     layers, layer_of = _layers(filters, frozen, len(ids))
     units = Units(
         filters=filters,
@@ -138,35 +146,38 @@ def _collect(analysis: Analysis) -> tuple[Units, torch.Tensor]:
     return units, unit_of
 
 
+def _roots_in(rows: dict[str, tuple[int, ...]], root: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The roots of rows of labels."""
+    every = root[torch.tensor([label for row in rows.values() for label in row], dtype=torch.int64)]
+    return dict(zip(rows, torch.split(every, [len(row) for row in rows.values()]), strict=True))
+
+
 def _layers(
     filters: dict[str, torch.Tensor], frozen: Sequence[str | None], count: int
 ) -> tuple[tuple[Layer, ...], torch.Tensor]:
     """Convolutions that share a unit belong to one layer."""
-    home: dict[int, int] = {}  # unit -> first convolution's position
-    parent = list(range(len(filters)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i]
-        return i
-
+    home = torch.full((count,), len(filters))  # the position of the first convolution that makes a unit
     for i, row in enumerate(filters.values()):
-        for unit in row.tolist():
-            if unit in home:
-                a, b = sorted((root(home[unit]), root(i)))
-                parent[b] = a
-            else:
-                home[unit] = i
+        home[row] = home[row].clamp(max=i)
+    convolutions = Labels()
+    positions = convolutions.new("", len(filters))
+    for i, row in enumerate(filters.values()):
+        for other in torch.unique(home[row]).tolist():
+            convolutions.unite(i, other, "")
     names = list(filters)
-    convs: dict[int, list[str]] = {}
-    for i, name in enumerate(names):
-        convs.setdefault(root(i), []).append(name)
-    place = {r: k for k, r in enumerate(convs)}
-    layer_of = torch.tensor([place[root(home[u])] for u in range(count)], dtype=torch.int64)
+    members: dict[int, list[str]] = {}
+    for i in positions:
+        members.setdefault(convolutions.root(i), []).append(names[i])
+    number = torch.tensor(convolutions.roots())
+    _, layer_of_convolution = torch.unique(number, return_inverse=True)  # in the order of their firsts
+    layer_of = layer_of_convolution[home]
+    order = torch.argsort(layer_of, stable=True)
     layers = []
-    for k, members in enumerate(convs.values()):
-        units = tuple(torch.nonzero(layer_of == k).flatten().tolist())
+    for convs, part in zip(
+        members.values(), torch.split(order, torch.bincount(layer_of).tolist()), strict=True
+    ):
+        units = tuple(part.tolist())
         reasons = [frozen[u] for u in units]
         why = next((r for r in reasons if r), None) if all(reasons) else None
-        layers.append(Layer(members[0], tuple(members), units, why))
+        layers.append(Layer(convs[0], tuple(convs), units, why))
     return tuple(layers), layer_of

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attrfast.channels import Discovery
+from attrfast.signatures import CONVOLUTIONS
 from attrfast.trace import (
-    CONVOLUTIONS,
     Call,
     Param,
     Ref,

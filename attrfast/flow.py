@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from attrfast.labels import NONE, Channels, Labels
-from attrfast.trace import CONVOLUTIONS, Call, Param, Ref, Trace, argument
+from attrfast.signatures import CONVOLUTIONS
+from attrfast.trace import Call, Param, Ref, Trace, argument
 
 _POINTWISE = frozenset(
     """
@@ -173,8 +174,7 @@ class Analysis:
 
     def _read(self, name: str, labels: Sequence[int], why: str) -> None:
         if name in self.inputs:
-            for before, now in zip(self.inputs[name], labels, strict=True):
-                self.labels.unite(before, now, why)
+            self.labels.unite_each(self.inputs[name], labels, why)
         else:
             self.inputs[name] = tuple(labels)
 
@@ -300,8 +300,8 @@ class Analysis:
             self.labels.freeze(labels, f"a {call.name} uses the bare parameters {where} on it")
             return
         if name in self.outputs:
-            for before, now in zip(self.outputs[name], labels, strict=True):
-                self.labels.unite(before, now, f"{name} is called on inputs from different places")
+            why = f"{name} is called on inputs from different places"
+            self.labels.unite_each(self.outputs[name], labels, why)
         else:
             self.outputs[name] = tuple(labels)
 
@@ -331,7 +331,7 @@ class Analysis:
             return
         out = call.outputs[0]
         rank = self._ndim(out)
-        merged: dict[int, list[int]] = {}
+        merged: dict[int, tuple[int, ...]] = {}
         for value in call.inputs:
             channels = self.channels.get(value)
             if channels is None:
@@ -344,10 +344,10 @@ class Analysis:
                 self.labels.freeze(channels.labels, f"{call.name} spreads it over other channels")
                 continue
             if dim in merged:
-                for a, b in zip(merged[dim], channels.labels, strict=True):
-                    self.labels.unite(a, b, f"{call.name} combines it with an input of the model")
+                why = f"{call.name} combines it with an input of the model"
+                self.labels.unite_each(merged[dim], channels.labels, why)
             else:
-                merged[dim] = list(channels.labels)
+                merged[dim] = channels.labels
         if len(merged) > 1:
             self._freeze_inputs(call, f"{call.name} combines different dimensions")
             return
@@ -357,7 +357,7 @@ class Analysis:
         self._check_unlabelled_operands(call, dim, rank, labels)
         for value in call.outputs:
             if self._ndim(value) == rank:
-                self.channels[value] = Channels(dim, tuple(labels))
+                self.channels[value] = Channels(dim, labels)
 
     def _check_unlabelled_operands(self, call: Call, dim: int, rank: int, labels: Sequence[int]) -> None:
         """An operand with one entry a channel that no filter made would have to shrink as well."""
@@ -428,8 +428,7 @@ class Analysis:
         else:
             merged = tuple(columns[0])
             for column in columns[1:]:
-                for a, b in zip(merged, column, strict=True):
-                    self.labels.unite(a, b, "cat joins it with something that no filter made")
+                self.labels.unite_each(merged, column, "cat joins it with something that no filter made")
         self._set(call, Channels(dim, merged))
 
     def _pad(self, call: Call) -> None:

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 
 import networkx
 import torch
+from networkx.algorithms.flow import boykov_kolmogorov
 
 from attrfast.channels import Discovery
+from attrfast.signatures import CONVOLUTIONS
 from attrfast.stages import (
     INF,
     Stage,
@@ -27,7 +29,7 @@ from attrfast.stages import (
     has_fresh_gradient,
     uses_of,
 )
-from attrfast.trace import CONVOLUTIONS, Call, Param, Ref, Trace, argument
+from attrfast.trace import Call, Param, Ref, Trace, argument
 from attrfast.turning import free_to_turn
 
 log = logging.getLogger(__name__)
@@ -389,7 +391,12 @@ class _Network:
     def cut(self) -> list[Tap] | None:
         self.build()
         try:
-            _, (made, readers) = networkx.minimum_cut(self.graph, _MADE, _READERS)
+            _, (made, readers) = networkx.minimum_cut(
+                self.graph,
+                _MADE,
+                _READERS,
+                flow_func=boykov_kolmogorov,  # 30 times faster than the default
+            )
         except networkx.NetworkXUnbounded:
             log.debug("no finite cut: a reader's input is overwritten, or not followed")
             return None

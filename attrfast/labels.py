@@ -5,7 +5,7 @@ Must not know what an operation does to channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 NONE = -1  # the label of a channel that no filter made
@@ -34,10 +34,17 @@ class Labels:
         return tuple(range(start, start + channels))
 
     def root(self, label: int) -> int:
-        while self.parent[label] != label:
-            self.parent[label] = self.parent[self.parent[label]]
-            label = self.parent[label]
+        parent = self.parent
+        while (above := parent[label]) != label:
+            parent[label] = label = parent[above]
         return label
+
+    def roots(self) -> list[int]:
+        """The root of every label. A parent is never larger than its child."""
+        found: list[int] = []
+        for label, above in enumerate(self.parent):
+            found.append(label if above == label else found[above])
+        return found
 
     def unite(self, a: int, b: int, why: str) -> None:
         if a == NONE or b == NONE:
@@ -46,11 +53,18 @@ class Labels:
         a, b = self.root(a), self.root(b)
         if a == b:
             return
-        a, b = min(a, b), max(a, b)
+        if a > b:
+            a, b = b, a
         self.parent[b] = a
         reason = self.reasons.pop(b, None)
         if reason is not None:
             self.reasons.setdefault(a, reason)
+
+    def unite_each(self, first: Sequence[int], second: Sequence[int], why: str) -> None:
+        """Unites two rows of labels, one by one."""
+        for a, b in zip(first, second, strict=True):
+            if a != b or a == NONE:
+                self.unite(a, b, why)
 
     def freeze(self, labels: Iterable[int], why: str) -> None:
         for label in labels:

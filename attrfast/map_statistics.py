@@ -21,8 +21,9 @@ from attrfast.flow import Analysis
 from attrfast.following import Follower
 from attrfast.labels import NONE
 from attrfast.matrix import Columns, ScoreMatrix
+from attrfast.signatures import CONVOLUTIONS
 from attrfast.stages import call_ceiling
-from attrfast.trace import CONVOLUTIONS, Call, CallMode, Param, Trace, argument, is_silent
+from attrfast.trace import Call, CallMode, Param, Trace, argument, is_silent
 from attrfast.units import Units, reader_weights
 
 # Maps (N, C, positions...) -> one number a map, (N, C) floating.

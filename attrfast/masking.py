@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from attrfast.signatures import bound_arguments, channel_dim
-from attrfast.trace import CONVOLUTIONS, CallMode
+from attrfast.signatures import CONVOLUTIONS, bound_arguments, channel_dim
+from attrfast.trace import CallMode
 from attrfast.units import Units, reader_weights
 
 

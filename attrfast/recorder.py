@@ -34,9 +34,9 @@ from attrfast.passes import Tally
 from attrfast.recording import Flow, Link, MeasuringReLU, Reader, Readers, RecordedPass
 from attrfast.rows import rows
 from attrfast.scores import Scores, normalized
-from attrfast.signatures import channel_dim
+from attrfast.signatures import CONVOLUTIONS, channel_dim
 from attrfast.taps import Tap
-from attrfast.trace import CONVOLUTIONS, CallMode, is_inplace, shown, tensors_in
+from attrfast.trace import CallMode, is_inplace, shown, tensors_in
 from attrfast.units import Units, reader_weights
 
 # A mode is off while a Python function of torch's runs, and these run parts of checkpointed models.

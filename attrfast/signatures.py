@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+CONVOLUTIONS = frozenset(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3))
+
 _SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
     "linear": (("bias", None),),
     **{

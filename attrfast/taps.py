@@ -17,9 +17,9 @@ from torch import nn
 from attrfast import ops
 from attrfast.convolution import Geometry, each, input_gradient
 from attrfast.matrix import Columns, ScoreMatrix
-from attrfast.signatures import batch_norm_arguments, bound_arguments, channel_dim
+from attrfast.signatures import CONVOLUTIONS, batch_norm_arguments, bound_arguments, channel_dim
 from attrfast.stages import relu_ceiling
-from attrfast.trace import CONVOLUTIONS, CallMode, is_inplace
+from attrfast.trace import CallMode, is_inplace
 
 
 class Tap(torch.autograd.Function):

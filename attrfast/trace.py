@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import types
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from attrfast.errors import ModelError
+from attrfast.sketch import ValuesNeededError, sketched
 
-CONVOLUTIONS = frozenset(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3))
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ class _Recorder(CallMode):
         for tensor in tensors_in((args, kwargs)):
             trace.note(tensor, numbering)
         coded_args, coded_kwargs = self.encode(tuple(args)), self.encode(kwargs)
-        out = func(*args, **kwargs)
+        out = self.run(func, name, args, kwargs)
         target = written_to(name, args, kwargs)
         made = numbering.made(out, target)
         overwritten: int | None = None
@@ -317,6 +319,71 @@ class _Recorder(CallMode):
             )
         )
         return out
+
+    def run(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return func(*args, **kwargs)
+
+
+class _Sketcher(_Recorder):
+    """Records calls that make their results in shape alone, see `attrfast.sketch`.
+
+    Args:
+        names, trace: as of `_Recorder`.
+        given: the tensors in the model's inputs.
+        state: the model's parameters and buffers.
+
+    Attributes:
+        refused: why the record is of no use; the model may catch the error that is raised as well.
+    """
+
+    def __init__(
+        self,
+        names: dict[int, str],
+        trace: Trace,
+        given: Sequence[torch.Tensor],
+        state: Iterable[torch.Tensor],
+    ) -> None:
+        super().__init__(names, trace)
+        self.given = frozenset(map(id, given))
+        self.foreign = {_memory(t) for t in (*given, *state)}
+        self.refused: str | None = None
+
+    def meet(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if name == "data_ptr":  # through which values may be read that no call shows
+            self._refuse(name)
+        return super().meet(func, name, args, kwargs)
+
+    def run(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        values, roots = self.numbering.values, self.numbering.roots
+        for tensor in tensors_in((args, kwargs)):
+            if id(tensor) not in self.given and values.get(tensor) in roots:
+                self._refuse(f"{name} reads what no call made")
+        in_place = is_inplace(func, kwargs)
+        if in_place:
+            target = args[0] if args else kwargs.get("input")
+            if not isinstance(target, torch.Tensor) or _memory(target) in self.foreign:
+                self._refuse(f"{name} writes into what no call made")
+        try:
+            out = sketched(func, name, args, kwargs, in_place)
+        except ValuesNeededError:
+            self._refuse(name)
+        if next(tensors_in(out), None) is None:
+            self._refuse(f"{name} made no tensor")
+        return out
+
+    def _refuse(self, why: str) -> NoReturn:
+        self.refused = self.refused or why
+        raise ValuesNeededError(why)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 _GETTERS_THAT_MAKE_TENSORS = frozenset(
@@ -393,7 +460,10 @@ def trace(
     *,
     training: bool = False,
 ) -> Trace:
-    """Runs `model(*inputs, **kwargs)` once without gradients and records it.
+    """Records the calls of `model(*inputs, **kwargs)` without gradients.
+
+    Convolutions and linear layers are left out where nothing depends on their values, which nothing does in
+    most models (`attrfast.sketch`); otherwise the model runs.
 
     Args:
         model: left as it is (parameters, buffers, flags, random state).
@@ -403,20 +473,35 @@ def trace(
     Raises:
         ModelError: the model's own forward pass raised; its error is the cause.
     """
+    given, names = kwargs or {}, state_names(model)
+    sketch = Trace()
+    tensors = list(tensors_in((tuple(inputs), given)))
+    sketcher = _Sketcher(names, sketch, tensors, [*model.parameters(), *model.buffers()])
+    with contextlib.suppress(Exception):  # whatever the model does with values that are not its own
+        _record(model, inputs, given, training, sketcher)
+        if sketcher.refused is None:
+            return sketch
+    log.debug("the model runs for its record: %s", sketcher.refused or "a sketch of it fails")
     record = Trace()
-    recorder = _Recorder(state_names(model), record)
+    try:
+        _record(model, inputs, given, training, _Recorder(names, record))
+    except Exception as error:
+        raise ModelError(
+            f"the model's forward pass failed on an input of shape "
+            f"{[tuple(t.shape) for t in tensors_in(tuple(inputs))]}: {error}"
+        ) from error
+    return record
+
+
+def _record(
+    model: nn.Module, inputs: Sequence[Any], kwargs: dict[str, Any], training: bool, recorder: _Recorder
+) -> None:
     with preserved(model), torch.no_grad():
         model.train(training)
-        try:
-            with recorder:
-                out = model(*inputs, **(kwargs or {}))
-        except Exception as error:
-            raise ModelError(
-                f"the model's forward pass failed on an input of shape "
-                f"{[tuple(t.shape) for t in tensors_in(tuple(inputs))]}: {error}"
-            ) from error
-        record.results = tuple(
-            value for t in tensors_in(out) if (value := recorder.numbering.values.get(t)) is not None
-        )
-        record.roots = recorder.numbering.roots
-    return record
+        with recorder:
+            out = model(*inputs, **kwargs)
+    numbering = recorder.numbering
+    recorder.trace.results = tuple(
+        value for t in tensors_in(out) if (value := numbering.values.get(t)) is not None
+    )
+    recorder.trace.roots = numbering.roots

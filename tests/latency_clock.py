@@ -12,7 +12,8 @@ from torch import nn
 
 from attrfast.latency import gauge, sampling
 from attrfast.measure import Latency
-from attrfast.trace import CONVOLUTIONS, CallMode, is_silent, tensors_in
+from attrfast.signatures import CONVOLUTIONS
+from attrfast.trace import CallMode, is_silent, tensors_in
 
 Formula = Callable[[str, tuple[Any, ...], Any], float]
 

@@ -18,8 +18,8 @@ from attrfast.channels import Discovery, discover
 from attrfast.following import PlanMismatchError
 from attrfast.graph import Plan
 from attrfast.plain import ReferenceBackend
+from attrfast.signatures import CONVOLUTIONS
 from attrfast.tiers import Runner
-from attrfast.trace import CONVOLUTIONS
 
 # In float64, relative to the largest entry of the matrix: sums run in another order, no more.
 TOLERANCE = 1e-11

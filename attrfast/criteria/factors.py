@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from attrfast.errors import ModelError
-from attrfast.signatures import batch_norm_arguments, bound_arguments, channel_dim
-from attrfast.trace import CONVOLUTIONS, CallMode
+from attrfast.signatures import CONVOLUTIONS, batch_norm_arguments, bound_arguments, channel_dim
+from attrfast.trace import CallMode
 from attrfast.units import Units, reader_weights
 
 

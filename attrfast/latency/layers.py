@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from attrfast.channels import Discovery
-from attrfast.trace import CONVOLUTIONS, Call, Param, Ref
+from attrfast.signatures import CONVOLUTIONS
+from attrfast.trace import Call, Param, Ref
 
 _FIXED = torch.full((1,), -1, dtype=torch.int64)
 
