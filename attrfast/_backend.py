@@ -75,8 +75,10 @@ def asked() -> str | None:
     return name
 
 
-@functools.cache
-def _preferred(kind: str, forced: str | None) -> Any:
+@functools.cache  # every launch asks
+def _preferred(kind: str, variable: str | None) -> Any:
+    """The backend for a kind of device, with ATTRFAST_BACKEND as it stands."""
+    forced = asked()
     if forced is not None:
         backend = find(forced).backend
         assert backend is not None  # or `asked` would have refused it
@@ -106,4 +108,4 @@ def backend_for(device: torch.device) -> Any:
     Raises:
         BackendError: ATTRFAST_BACKEND asks for one that can't be used.
     """
-    return _preferred(device.type, asked())
+    return _preferred(device.type, os.environ.get("ATTRFAST_BACKEND"))

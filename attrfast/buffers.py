@@ -72,11 +72,11 @@ class Buffers:
         return torch.empty(0, dtype=dtype).set_(memory, 0, shape, strides)  # type: ignore[call-overload, no-any-return]
 
     def scratch(self, count: int) -> torch.Tensor:
-        """(count,) float32 of any values, until the next call: the same memory every time, which grows."""
+        """float32 of any values, `count` of them or more, until the next call: the same memory every time."""
         if self._scratch.numel() < count:
             self._scratch = torch.empty(0)  # given back before more is taken
             self._scratch = torch.frombuffer(_pages(_rounded(4 * count)), dtype=torch.float32)
-        return self._scratch[:count]
+        return self._scratch
 
     def _block(self, count: int) -> _Block:
         size = _rounded(count)
@@ -97,7 +97,7 @@ def empty_channels_last(buffers: Buffers | None, shape: Sequence[int]) -> torch.
 
 
 def scratch_for(buffers: Buffers | None, floats: int) -> torch.Tensor:
-    """(floats,) float32 of any values, for the length of a launch: of buffers, if they are given."""
+    """float32 of any values, at least `floats`, for the length of a launch: of buffers, if they are given."""
     return torch.empty(floats) if buffers is None else buffers.scratch(floats)
 
 

@@ -478,6 +478,7 @@ class PlanMode(CallMode):
         self.frozen = state.frozen
         self.follower = Follower(state.names, plan.calls)
         self.numbering = self.follower.numbering
+        self.tapped = {index for index, _ in plan.into}
         self.running: dict[int, _Run] = {}  # stages under way, by the value they have reached
         self.counted: Counted | None = None  # for the call that comes next
         self.turned: set[int] = set()  # values that lie channels-last where the model would not
@@ -495,11 +496,13 @@ class PlanMode(CallMode):
         if stage is not None:
             role = stage.roles[call.index]
             out = self._advance(stage, role, call.index, func, name, call.inputs, args, kwargs)
-        else:
+        elif call.state or call.index in self.tapped:
             out = func(
                 *(self._read(call.index, a) for a in args),
                 **{key: self._read(call.index, value) for key, value in kwargs.items()},
             )
+        else:
+            out = func(*args, **kwargs)
         made = self.follower.leave(call, out, args, kwargs)
         if stage is None and not self.turned.isdisjoint(call.inputs):
             out, made = self._passed_on(call, out, made)
@@ -585,6 +588,8 @@ class PlanMode(CallMode):
 
     def _into(self, index: int, x: Tensor) -> Tensor:
         """x as one call reads it: with the tap on that use, if there is one."""
+        if index not in self.tapped:
+            return x
         value = self.numbering.values.get(x)
         tap = self.plan.into.get((index, value)) if value is not None else None
         return x if tap is None else self._tap(x, tap[1], tap[0])
@@ -686,7 +691,7 @@ class PlanMode(CallMode):
         if own is not None and "pool" not in run.stage.roles.values():
             run.own = _whole(own, x, weight, bias, geometry.padding, self.buffers)
             made = size_made(x.shape[2:], weight.shape[2:], geometry.padding, geometry.stride)
-            run.x, run.z = x, x.new_empty(()).expand(len(x), len(weight), *made)
+            run.x, run.z = x, x.new_empty(()).expand(x.shape[0], weight.shape[0], *made)
             return
 
         def convolve(part: Tensor) -> Tensor:
@@ -740,9 +745,10 @@ class PlanMode(CallMode):
         value, x, residual = run.stage.output, run.x, run.residual
         assert x is not None
         assert run.z is not None
-        wide = compute_dtype(run.z.dtype)
         if run.scale is not None and run.shift is not None:
-            run.scale, run.shift = run.scale.to(wide), run.shift.to(wide)
+            wide = compute_dtype(run.z.dtype)
+            if not run.scale.dtype == run.shift.dtype == wide:
+                run.scale, run.shift = run.scale.to(wide), run.shift.to(wide)
         if residual is not None and (residual.dtype != run.z.dtype or residual.shape != run.z.shape):
             raise PlanMismatchError(f"an addition of {residual.dtype} to {run.z.dtype}")
         if value in self.plan.through:

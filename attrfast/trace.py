@@ -167,21 +167,28 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
 
 def _collect(tree: Any, found: list[torch.Tensor]) -> None:
     # Every call of a pass comes through here; recursive generators took three times as long.
-    if isinstance(tree, torch.Tensor):
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        for item in tree:
+            if type(item) in _TENSORS:
+                found.append(item)
+            elif type(item) not in _LEAVES:
+                _collect(item, found)
+    elif kind is dict:
+        if tree:
+            _collect(list(tree.values()), found)
+    elif isinstance(tree, torch.Tensor):
         found.append(tree)
     elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            if type(item) not in _LEAVES:
-                _collect(item, found)
+        _collect(list(tree), found)
     elif isinstance(tree, dict):
-        for item in tree.values():
-            if type(item) not in _LEAVES:
-                _collect(item, found)
+        _collect(list(tree.values()), found)
     elif hasattr(tree, "__dataclass_fields__"):
-        _collect(vars(tree), found)
+        _collect(list(vars(tree).values()), found)
 
 
-_LEAVES = frozenset({int, float, bool, str, type(None)})
+_TENSORS = frozenset({torch.Tensor, nn.Parameter})
+_LEAVES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size, slice})
 
 
 class Numbering:
@@ -217,15 +224,21 @@ class Numbering:
     def given(self, *trees: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Numbers of the values, and names of the parameters and buffers, that a call is given, in order."""
         inputs, state = [], []
+        names, known = self.names, self.values.get
         for tensor in tensors_in(trees):
-            if self.is_state(tensor):
-                state.append(self.names[id(tensor)])
+            value = known(tensor)
+            if value is not None:
+                inputs.append(value)
+            elif id(tensor) in names:
+                state.append(names[id(tensor)])
             else:
                 inputs.append(self.number(tensor))
         return tuple(inputs), tuple(state)
 
     def made(self, out: Any, target: Any) -> list[torch.Tensor]:
         """The tensors that a call made: its results, and what it wrote into."""
+        if type(out) is torch.Tensor and target is None:  # mostly
+            return [] if id(out) in self.names else [out]
         made = list(tensors_in(out))
         if isinstance(target, torch.Tensor) and not any(t is target for t in made):
             made.append(target)
