@@ -5,7 +5,7 @@ Must not know what an operation does to channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 NONE = -1  # the label of a channel that no filter made
@@ -25,13 +25,18 @@ class Labels:
     def __init__(self) -> None:
         self.parent: list[int] = []
         self.reasons: dict[int, str] = {}
-        self.producers: list[tuple[str, int]] = []
+        self._makers: list[tuple[str, int]] = []
 
     def new(self, module: str, channels: int) -> tuple[int, ...]:
         start = len(self.parent)
         self.parent.extend(range(start, start + channels))
-        self.producers.extend((module, index) for index in range(channels))
+        self._makers.append((module, channels))
         return tuple(range(start, start + channels))
+
+    def makers(self) -> Iterator[tuple[str, int]]:
+        """Of every label the module that makes the channel, and which of its channels it is."""
+        for module, channels in self._makers:
+            yield from ((module, index) for index in range(channels))
 
     def root(self, label: int) -> int:
         parent = self.parent

@@ -131,7 +131,7 @@ def channels_in(model: nn.Module, units: Units, record: Trace) -> ChannelsOf:
     analysis.run(record)
     unit_of = [
         int(units.outputs[name][index]) if name in units.outputs else NONE
-        for name, index in analysis.labels.producers
+        for name, index in analysis.labels.makers()
     ]
     row_of = torch.tensor([*unit_of, NONE], dtype=torch.int64)  # the last one: the label NONE
     return {value: (place.dim, row_of[list(place.labels)]) for value, place in analysis.channels.items()}

@@ -412,8 +412,16 @@ _METADATA = frozenset(
 
 def state_names(model: nn.Module) -> dict[int, str]:
     """id -> full name of every parameter and buffer (the first name of one that has several)."""
+    return _names(_named_state(model))
+
+
+def _named_state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _names(named: Iterable[tuple[str, torch.Tensor]]) -> dict[int, str]:
     names: dict[int, str] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in named:
         names.setdefault(id(tensor), name)
     return names
 
@@ -428,8 +436,8 @@ class State:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.tensors = dict([*model.named_parameters(), *model.named_buffers()])
-        self.names = state_names(model)
+        named = _named_state(model)
+        self.tensors, self.names = dict(named), _names(named)
         self.frozen = {id(p): p.detach() for p in model.parameters()}
 
 
@@ -486,10 +494,10 @@ def trace(
     Raises:
         ModelError: the model's own forward pass raised; its error is the cause.
     """
-    given, names = kwargs or {}, state_names(model)
-    sketch = Trace()
+    given, named = kwargs or {}, _named_state(model)
+    names, sketch = _names(named), Trace()
     tensors = list(tensors_in((tuple(inputs), given)))
-    sketcher = _Sketcher(names, sketch, tensors, [*model.parameters(), *model.buffers()])
+    sketcher = _Sketcher(names, sketch, tensors, [tensor for _, tensor in named])
     with contextlib.suppress(Exception):  # whatever the model does with values that are not its own
         _record(model, inputs, given, training, sketcher)
         if sketcher.refused is None:
@@ -510,7 +518,8 @@ def _record(
     model: nn.Module, inputs: Sequence[Any], kwargs: dict[str, Any], training: bool, recorder: _Recorder
 ) -> None:
     with preserved(model), torch.no_grad():
-        model.train(training)
+        if any(module.training != training for module in model.modules()):
+            model.train(training)
         with recorder:
             out = model(*inputs, **kwargs)
     numbering = recorder.numbering

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,14 +210,16 @@ def whole_sheet(results: dict[str, Any]) -> Sheet:
         f"A whole data set: Fashion-MNIST's {first['samples']:,} training images",
         ["", "epochs before", *first["seconds"], "read", "times faster", "at least", ""],
         [
-            f"Medians of {first['rounds']} interleaved rounds, each in a new order. “Read”: samples that "
-            f'`stop="confident"` reads; “times faster”: than hooks over all samples.',
+            f"Medians of {first['rounds']} interleaved rounds; every run reads the samples in a new order, and "
+            f'`stop="confident"` runs {first["orders"]} times a round. “Read”: the samples that it reads, '
+            f"the least, the median and the most; “times faster”: than hooks over all samples.",
             machine.one_line(first["machine"]),
         ],
     )
     for name, row in results.items():
         seconds = (f"{taken:.1f} s" for taken in row["seconds"].values())
-        read = f"{min(row['read']):,} to {max(row['read']):,}"
+        few, middle, many = min(row["read"]), int(statistics.median(row["read"])), max(row["read"])
+        read = f"{few:,} / {middle:,} / {many:,}"
         found = [read, f"{row['faster']:.1f}", f"{whole.FASTER:g}", row["verdict"]]
         sheet.rows.append([name, str(row["epochs"]), *seconds, *found])
     return sheet

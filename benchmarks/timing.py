@@ -71,6 +71,14 @@ def interleaved(
     return times
 
 
+def joined(several: Sequence[Times]) -> Times:
+    """The runs of all of them, one after the other."""
+    return Times(
+        [seconds for one in several for seconds in one.seconds],
+        [share for one in several for share in one.others],
+    )
+
+
 def ratio(ours: Times, base: Times) -> tuple[float, bool]:
     """Median over rounds of one time divided by another of the same round.
 
