@@ -691,7 +691,8 @@ class PlanMode(CallMode):
         if own is not None and "pool" not in run.stage.roles.values():
             run.own = _whole(own, x, weight, bias, geometry.padding, self.buffers)
             made = size_made(x.shape[2:], weight.shape[2:], geometry.padding, geometry.stride)
-            run.x, run.z = x, x.new_empty(()).expand(x.shape[0], weight.shape[0], *made)
+            shape = x.shape[0], weight.shape[0], *made
+            run.x, run.z = x, x.new_empty_strided(shape, (0,) * len(shape))
             return
 
         def convolve(part: Tensor) -> Tensor:

@@ -108,3 +108,15 @@ def test_gradients_are_added_in_place() -> None:
     first, second = (block.pages for block in buffers._blocks)
     places = {torch.frombuffer(pages, dtype=torch.uint8).data_ptr() for pages in (first, second)}
     assert seen[0] in places
+
+
+def test_short_memory_is_no_reason_not_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.empty
+
+    def short(*size: int, **options: object) -> torch.Tensor:
+        if size and isinstance(size[0], int) and size[0] > 1 << 20:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return real(*size, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch, "empty", short)
+    assert lent(Buffers()).shape == SHAPE
