@@ -209,7 +209,7 @@ def confident(
     criterion: Annotated[str, typer.Option(help="What filters are scored by.")] = "attribution",
     epochs: Annotated[int, typer.Option(min=0, help="Of training.")] = 2,
     orders: Annotated[int, typer.Option(min=1, help="Random orders of the training set.")] = 10,
-    seeds: Annotated[int, typer.Option(min=0, help="Of each small network, that are pruned.")] = 3,
+    seeds: Annotated[int, typer.Option(min=0, help="Of each network, that are pruned.")] = 3,
 ) -> None:
     """How many samples of Fashion-MNIST are read until the lowest filters are settled, and the accuracy."""
     results = report.read("confident.json")
@@ -222,7 +222,7 @@ def confident(
     for name in network:
         report.say(f"confident: {name}")
         keep("samples", name, confident_benchmark.measure(name, criterion, epochs=epochs, orders=orders))
-    for name in [name for name in network if name in confident_benchmark.SMALL]:
+    for name in network:
         for seed in range(seeds):
             report.say(f"confident: {name}, pruned, seed {seed}")
             keep(

@@ -29,7 +29,6 @@ from benchmarks import machine
 from benchmarks.training import train
 
 NETWORKS = ("vgg_small", "resnet20", "resnet18")
-SMALL = NETWORKS[:2]  # those that are pruned
 MACS = 0.4  # of the multiply-adds are left then
 FEWER, SAME = 5.0, 0.98  # times fewer samples, and the share of the chosen filters that is the same
 SHARES = (32, 16, 8, 4)  # the lowest so-manieth of the filters is asked about
@@ -40,14 +39,14 @@ def measure(name: str, criterion: str, *, epochs: int, orders: int) -> dict[str,
     """Samples read and filters chosen in several orders of the training set.
 
     Args:
-        name: a network of `attrfast.models` or torchvision.
+        name: a network of `attrfast.models`, or "resnet18" for torchvision's.
         criterion: what it is scored by.
         epochs: of training before.
         orders: how many.
     """
     torch.manual_seed(0)
     splits = data.fashion_mnist(val_size=100, batch_size=_BATCH, seed=0)
-    model = _RepeatsChannels() if name == "resnet18" else network(name, splits)()
+    model = _made(name, splits)
     train(model, splits.train, epochs)
     model.eval()
     matrix, units = _score_matrix(model, splits.train, criterion)
@@ -80,13 +79,13 @@ def accuracy(name: str, seed: int, *, epochs: int) -> dict[str, Any]:
     """One trained network, pruned with all samples read in every step and with `stop="confident"`.
 
     Args:
-        name: a network of `attrfast.models`.
+        name: as of `measure`.
         seed: of the training, the order of the data and the fine-tuning.
         epochs: of training before.
     """
     torch.manual_seed(seed)
     splits = data.fashion_mnist(val_size=100, batch_size=_BATCH, seed=seed)
-    model = network(name, splits)()
+    model = _made(name, splits)
     train(model, splits.train, epochs)
     rows = {}
     for way, stop in (("everything", None), ("confident", "confident")):
@@ -111,6 +110,10 @@ def accuracy(name: str, seed: int, *, epochs: int) -> dict[str, Any]:
             "seconds_scoring": sum(step.seconds_scoring for step in result.history),
         }
     return {"ways": rows, "epochs": epochs, "machine": machine.facts()}
+
+
+def _made(name: str, splits: data.Splits) -> nn.Module:
+    return _RepeatsChannels() if name == "resnet18" else network(name, splits)()
 
 
 def _read(matrix: torch.Tensor, looks: Looks, seed: int) -> tuple[torch.Tensor, int]:

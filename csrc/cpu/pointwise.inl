@@ -55,9 +55,12 @@ static void pack_weight(const Pointwise& op, const PointwisePlan& plan, int64_t 
   const int64_t ins = smaller(kLanes, op.channels_in - first);
   for (int64_t o = 0; o < width; o += kLanes) {
     const int64_t out = panel * kPanel + o;
+    const float* const from = op.weight + out * op.weight_out + first * op.weight_in;
+    // Two vectors ahead: rows lie so far apart that no processor foresees them.
+    const int64_t step = larger(op.weight_out, op.weight_in);
+    for (int64_t i = 0; i < kLanes; ++i) __builtin_prefetch(from + 2 * kLanes * op.weight_in + i * step);
     Vector square[kLanes];
-    load_square(op.weight + out * op.weight_out + first * op.weight_in, op.weight_out, op.weight_in,
-                op.channels_out - out, ins, square);
+    load_square(from, op.weight_out, op.weight_in, op.channels_out - out, ins, square);
     for (int64_t i = 0; i < ins; ++i) {
       const Vector v = op.factor ? op.factor[first + i] * square[i] : square[i];
       store_vector(u + (first + i) * width + o, v);
