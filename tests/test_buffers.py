@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 
 import pytest
 import torch
@@ -120,3 +122,15 @@ def test_short_memory_is_no_reason_not_to_begin(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch, "empty", short)
     assert lent(Buffers()).shape == SHAPE
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no other way to see whose the pages are")
+def test_memory_is_not_shared_with_children() -> None:
+    """Linux gives huge pages to private memory alone."""
+    x = lent(Buffers()).zero_()
+    child = os.fork()
+    if child == 0:
+        ctypes.memset(x.data_ptr(), 1, x.nbytes)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not x.any()
