@@ -107,7 +107,6 @@ def accuracy(name: str, seed: int, *, epochs: int) -> dict[str, Any]:
             "before": result.history[0].top1,
             "macs_pruned_percent": last.macs_pruned_percent,
             "samples": sum(step.samples_scored for step in result.history),
-            "seconds_scoring": sum(step.seconds_scoring for step in result.history),
         }
     return {"ways": rows, "epochs": epochs, "machine": machine.facts()}
 

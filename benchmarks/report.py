@@ -179,11 +179,11 @@ def _accuracy_sheet(results: dict[str, Any]) -> Sheet:
     first = next(iter(results.values()))
     sheet = Sheet(
         'Pruning Fashion-MNIST networks with `stop="confident"` and with all samples',
-        ["", "before", "all samples", "confident", "difference", "samples scored", "time of scoring"],
+        ["", "before", "all samples", "confident", "difference", "samples scored"],
         [
             f"Test top-1 after {first['epochs']} epochs of training, pruning in steps to "
             f"{confident.MACS:.0%} of the multiply-adds and one epoch of fine-tuning; the same seeds for both. "
-            f"The last two columns: confident as a share of all.",
+            f"The last column: of confident, as a share of all.",
             machine.one_line(first["machine"]),
         ],
     )
@@ -197,7 +197,6 @@ def _accuracy_sheet(results: dict[str, Any]) -> Sheet:
                 f"{early['top1']:.2%}",
                 f"{100 * (early['top1'] - whole['top1']):+.2f} points",
                 f"{early['samples'] / whole['samples']:.2f}",
-                f"{early['seconds_scoring'] / whole['seconds_scoring']:.2f}",
             ]
         )
     return sheet
