@@ -160,16 +160,15 @@ def _layers(
     for i, row in enumerate(filters.values()):
         home[row] = home[row].clamp(max=i)
     convolutions = Labels()
-    positions = convolutions.new("", len(filters))
+    convolutions.new("", len(filters))
     for i, row in enumerate(filters.values()):
         for other in torch.unique(home[row]).tolist():
             convolutions.unite(i, other, "")
-    names = list(filters)
+    roots = convolutions.roots()
     members: dict[int, list[str]] = {}
-    for i in positions:
-        members.setdefault(convolutions.root(i), []).append(names[i])
-    number = torch.tensor(convolutions.roots())
-    _, layer_of_convolution = torch.unique(number, return_inverse=True)  # in the order of their firsts
+    for root, name in zip(roots, filters, strict=True):
+        members.setdefault(root, []).append(name)
+    _, layer_of_convolution = torch.unique(torch.tensor(roots), return_inverse=True)  # as in `members`
     layer_of = layer_of_convolution[home]
     order = torch.argsort(layer_of, stable=True)
     layers = []

@@ -27,7 +27,7 @@ from attrfast.convolution import (
 )
 from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import Plan
-from attrfast.layouts import channels_lie_together, empty_laid, laid
+from attrfast.layouts import channels_lie_together, empty_laid, is_dense, laid
 from attrfast.map_statistics import Counted
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.reference import compute_dtype
@@ -240,7 +240,7 @@ def _in_one_launch(
 def _may_overwrite(run: _Run, g: Tensor) -> bool:
     """Whether nobody else reads a gradient that autograd has handed over."""
     assert run.matrix is not None
-    return run.fresh and _is_dense(g) and not run.matrix.waits_for(g)
+    return run.fresh and is_dense(g) and not run.matrix.waits_for(g)
 
 
 def _forward(run: _Run, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -410,16 +410,6 @@ def _whole(
     return make
 
 
-def _is_dense(g: Tensor) -> bool:
-    """Whether every element of g has memory of its own (an expanded gradient has not)."""
-    return g.is_contiguous() or (
-        g.dim() in (4, 5)
-        and g.is_contiguous(
-            memory_format=torch.channels_last if g.dim() == 4 else torch.channels_last_3d
-        )
-    )
-
-
 def _input_gradient(run: _Run, gz: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The gradient for what a stage's convolution read, into `out` if it is given."""
     assert run.x_like is not None
@@ -478,7 +468,6 @@ class PlanMode(CallMode):
         self.frozen = state.frozen
         self.follower = Follower(state.names, plan.calls)
         self.numbering = self.follower.numbering
-        self.tapped = {index for index, _ in plan.into}
         self.running: dict[int, _Run] = {}  # stages under way, by the value they have reached
         self.counted: Counted | None = None  # for the call that comes next
         self.turned: set[int] = set()  # values that lie channels-last where the model would not
@@ -496,7 +485,7 @@ class PlanMode(CallMode):
         if stage is not None:
             role = stage.roles[call.index]
             out = self._advance(stage, role, call.index, func, name, call.inputs, args, kwargs)
-        elif call.state or call.index in self.tapped:
+        elif call.state or call.index in self.plan.tapped:
             out = func(
                 *(self._read(call.index, a) for a in args),
                 **{key: self._read(call.index, value) for key, value in kwargs.items()},
@@ -588,7 +577,7 @@ class PlanMode(CallMode):
 
     def _into(self, index: int, x: Tensor) -> Tensor:
         """x as one call reads it: with the tap on that use, if there is one."""
-        if index not in self.tapped:
+        if index not in self.plan.tapped:
             return x
         value = self.numbering.values.get(x)
         tap = self.plan.into.get((index, value)) if value is not None else None
@@ -683,7 +672,7 @@ class PlanMode(CallMode):
             int(groups),
         )
         run.weight, run.geometry, run.memory = weight, geometry, self.buffers
-        strides = x.stride() if _is_dense(x) else torch.empty(x.shape, device="meta").stride()
+        strides = x.stride() if is_dense(x) else torch.empty(x.shape, device="meta").stride()
         run.x_like = x.shape, strides, x.dtype
         own = None
         if not isinstance(padding, str) and (bias is None or bias.dtype == x.dtype):
@@ -748,8 +737,7 @@ class PlanMode(CallMode):
         assert run.z is not None
         if run.scale is not None and run.shift is not None:
             wide = compute_dtype(run.z.dtype)
-            if not run.scale.dtype == run.shift.dtype == wide:
-                run.scale, run.shift = run.scale.to(wide), run.shift.to(wide)
+            run.scale, run.shift = run.scale.to(wide), run.shift.to(wide)
         if residual is not None and (residual.dtype != run.z.dtype or residual.shape != run.z.shape):
             raise PlanMismatchError(f"an addition of {residual.dtype} to {run.z.dtype}")
         if value in self.plan.through:

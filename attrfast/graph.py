@@ -90,6 +90,7 @@ class Plan:
         through: value -> sign of the tap on the flow through it.
         branch: output value of a stage with an addition -> sign of the tap on its own branch.
         into: (call index, value) -> (sign, the value whose channels the flow belongs to).
+        tapped: the call indices in `into`.
         channels: value -> (dimension, unit of each channel).
         shapes: of every value, in the recorded pass.
         fresh: values whose gradient may be overwritten.
@@ -101,6 +102,7 @@ class Plan:
     through: dict[int, float] = field(default_factory=dict)
     branch: dict[int, float] = field(default_factory=dict)
     into: dict[tuple[int | None, int], tuple[float, int]] = field(default_factory=dict)
+    tapped: frozenset[int | None] = frozenset()
     channels: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
     shapes: list[torch.Size] = field(default_factory=list)
     fresh: frozenset[int] = frozenset()
@@ -135,6 +137,7 @@ def make_plan(found: Discovery, weights: dict[str, str], *, guided: bool) -> Pla
             sign = plan.into.pop(place, (0.0, tap.value))[0] + tap.sign
             if sign:
                 plan.into[place] = (sign, tap.value)
+    plan.tapped = frozenset(index for index, _ in plan.into)
     plan.fresh = frozenset(
         stage.output for stage in stages if has_fresh_gradient(stage.output, record, uses, by_call)
     )
@@ -395,7 +398,7 @@ class _Network:
                 self.graph,
                 _MADE,
                 _READERS,
-                flow_func=boykov_kolmogorov,  # 30 times faster than the default
+                flow_func=boykov_kolmogorov,  # 11 ms for DenseNet-121, where the default takes 50
             )
         except networkx.NetworkXUnbounded:
             log.debug("no finite cut: a reader's input is overwritten, or not followed")

@@ -68,7 +68,7 @@ class Labels:
     def unite_each(self, first: Sequence[int], second: Sequence[int], why: str) -> None:
         """Unites two rows of labels, one by one."""
         for a, b in zip(first, second, strict=True):
-            if a != b or a == NONE:
+            if a != b:
                 self.unite(a, b, why)
 
     def freeze(self, labels: Iterable[int], why: str) -> None:

@@ -22,6 +22,13 @@ def channels_lie_together(x: torch.Tensor) -> bool:
     return x.dim() == 3 and x.transpose(1, 2).is_contiguous()
 
 
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether x lies contiguous, or channels-last as PyTorch knows it: every element has memory of its own."""
+    return x.is_contiguous() or (
+        x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+    )
+
+
 def aligned(x: torch.Tensor) -> bool:
     """Whether the memory begins where an element may; memory of foreign origin need not."""
     return x.data_ptr() % x.element_size() == 0

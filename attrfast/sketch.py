@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from attrfast.convolution import each
-from attrfast.layouts import channels_lie_together, empty_laid
+from attrfast.convolution import each, size_made
+from attrfast.layouts import channels_lie_together, empty_laid, is_dense
 from attrfast.signatures import CONVOLUTIONS, batch_norm_arguments, bound_arguments
 
 Tensor = torch.Tensor
@@ -32,7 +32,7 @@ _POOLS = frozenset({"max_pool2d", "avg_pool2d"})
 # What runs as it is: shapes, layouts and dtypes of results don't depend on values, and no value leaves torch.
 _BLIND = frozenset(
     """
-    batch_norm instance_norm group_norm layer_norm rms_norm local_response_norm normalize prelu rrelu
+    instance_norm group_norm layer_norm rms_norm local_response_norm normalize prelu rrelu
     softplus softsign softmax log_softmax logsigmoid softmin softshrink hardshrink tanhshrink threshold
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
@@ -94,13 +94,9 @@ def _is_plain(*tensors: Any) -> bool:
     return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or channels_lie_together(x)
-
-
 def _alike(x: Any) -> Tensor | None:
     """A tensor shaped and laid like x, in its memory."""
-    return x.detach() if _is_plain(x) and x.is_floating_point() and _is_dense(x) else None
+    return x.detach() if _is_plain(x) and x.is_floating_point() and is_dense(x) else None
 
 
 def _normalized(x: Any, mean: Any, var: Any, weight: Any, bias: Any, training: bool) -> Tensor | None:
@@ -111,12 +107,12 @@ def _normalized(x: Any, mean: Any, var: Any, weight: Any, bias: Any, training: b
 
 def _pooled(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     x, *rest = args or (None,)
-    if not _is_plain(x) or x.dim() != 4 or not _is_dense(x):
+    if not _is_plain(x) or x.dim() != 4 or not is_dense(x):
         return None
     shaped = func(
         torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), *rest, **kwargs
     )
-    if not _is_plain(shaped) or not _is_dense(shaped):
+    if not _is_plain(shaped) or not is_dense(shaped):
         return None
     return torch.empty_strided(shaped.shape, shaped.stride(), dtype=x.dtype, device=x.device).zero_()
 
@@ -150,7 +146,7 @@ def _convolved(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     spatial, transposed = int(name[-2]), "transpose" in name
     if not _is_plain(x, weight) or x.dim() != spatial + 2 or weight.dim() != x.dim():
         return None
-    if isinstance(padding, str) or not weight.is_contiguous() or not _is_dense(x):
+    if isinstance(padding, str) or not weight.is_contiguous() or not is_dense(x):
         return None
     if x.shape[1] == 1 or x.shape[2:].numel() <= 1 or (spatial != 2 and not x.is_contiguous()):
         return None
@@ -159,15 +155,15 @@ def _convolved(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     reads, makes = (len(weight), across) if transposed else (across, len(weight))
     if reads != x.shape[1] or makes % groups or not _may_multiply(x, weight, bias, makes):
         return None
-    geometry = (each(value, spatial) for value in (stride, padding, dilation, more))
-    size = []
-    for n, k, s, p, d, o in zip(x.shape[2:], weight.shape[2:], *geometry, strict=True):
-        if transposed and o >= max(s, d):
+    strides, paddings, dilations, added = (each(v, spatial) for v in (stride, padding, dilation, more))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilations, weight.shape[2:], strict=True)]
+    if transposed:
+        if any(o >= max(s, d) for o, s, d in zip(added, strides, dilations, strict=True)):
             return None
-        reach = d * (k - 1)
-        size.append(
-            (n - 1) * s - 2 * p + reach + o + 1 if transposed else (n + 2 * p - reach - 1) // s + 1
-        )
+        dimensions = zip(x.shape[2:], reach, strides, paddings, added, strict=True)
+        size = [(n - 1) * s - 2 * p + r + o for n, r, s, p, o in dimensions]
+    else:
+        size = size_made(x.shape[2:], reach, paddings, strides)
     if min(size) <= 0:
         return None
     return empty_laid(x, channels_lie_together(x), (len(x), makes, *size)).zero_()

@@ -167,20 +167,14 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
 
 def _collect(tree: Any, found: list[torch.Tensor]) -> None:
     # Every call of a pass comes through here; recursive generators took three times as long.
-    kind = type(tree)
-    if kind is tuple or kind is list:
+    if isinstance(tree, (list, tuple)):
         for item in tree:
             if type(item) in _TENSORS:
                 found.append(item)
             elif type(item) not in _LEAVES:
                 _collect(item, found)
-    elif kind is dict:
-        if tree:
-            _collect(list(tree.values()), found)
     elif isinstance(tree, torch.Tensor):
         found.append(tree)
-    elif isinstance(tree, (list, tuple)):
-        _collect(list(tree), found)
     elif isinstance(tree, dict):
         _collect(list(tree.values()), found)
     elif hasattr(tree, "__dataclass_fields__"):

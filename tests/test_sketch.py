@@ -275,3 +275,11 @@ def test_products_are_left_out() -> None:
 def test_an_unknown_call_is_not_sketched() -> None:
     with pytest.raises(ValuesNeededError, match="nonzero"):
         sketched(torch.nonzero, "nonzero", (torch.ones(3),), {}, False)
+
+
+def test_a_batch_norm_of_a_transposed_map_lies_as_torch_lays_it() -> None:
+    x = torch.randn(2, 7, 5).transpose(1, 2)
+    args = x, torch.zeros(5), torch.ones(5)
+    right = functional.batch_norm(*args)
+    assert right.stride() != x.stride()
+    assert sketched(functional.batch_norm, "batch_norm", args, {}, False).stride() == right.stride()

@@ -243,7 +243,8 @@ static void depthwise(const Depthwise& op, int threads) {
   });
 }
 
-// A vector of channels, of which `count` are there unless kWhole, of R columns of a gradient: what passes goes to `to`, and a * g is added to acc.
+// A vector of channels, of which `count` are there unless kWhole, of R columns of a gradient: what passes
+// goes to `to`, and a * g is added to acc.
 template <int R, bool kWhole, bool kGuided, bool kMeasured>
 static inline void mask_columns(const DepthwiseBackward& op, const Clamp& clamp, int64_t from, float* to,
                                 int64_t to_step, float* acc, int64_t count) {
