@@ -95,6 +95,7 @@ class Plan:
         shapes: of every value, in the recorded pass.
         fresh: values whose gradient may be overwritten.
         free: values that may lie channels-last, whatever the model does.
+        heads: what stages make of maps that they join, where the convolution of one other stage alone reads it.
     """
 
     calls: list[Call]
@@ -107,6 +108,7 @@ class Plan:
     shapes: list[torch.Size] = field(default_factory=list)
     fresh: frozenset[int] = frozenset()
     free: frozenset[int] = frozenset()
+    heads: frozenset[int] = frozenset()
 
 
 def make_plan(found: Discovery, weights: dict[str, str], *, guided: bool) -> Plan | None:
@@ -142,7 +144,19 @@ def make_plan(found: Discovery, weights: dict[str, str], *, guided: bool) -> Pla
         stage.output for stage in stages if has_fresh_gradient(stage.output, record, uses, by_call)
     )
     plan.free = free_to_turn(record, uses, by_call)
+    plan.heads = frozenset(
+        stage.output for stage in stages if stage.has("cat") and _is_head(stage, plan, uses)
+    )
     return plan
+
+
+def _is_head(stage: Stage, plan: Plan, uses: Uses) -> bool:
+    """Whether the convolution of one other stage alone reads a stage's output, with no tap between them."""
+    call = uses.only_reader(stage.output)
+    reader = None if call is None else plan.stages.get(call.index)
+    if call is None or reader is None or reader.roles[call.index] != "conv":
+        return False
+    return reader.residual is None and (call.index, stage.output) not in plan.into
 
 
 def bytes_per_sample(record: Trace, plan: Plan | None) -> float:
@@ -202,7 +216,7 @@ class _Network:
         for stage in stages:
             inside = [self._made(index) for index in stage.roles]
             self.hidden.update(v for v in inside if v != stage.output)
-            if stage.has("relu") or stage.has("pool"):
+            if (stage.has("relu") or stage.has("pool")) and not stage.has("cat"):
                 self.kept.add(stage.output)
         for call in self.record.calls:
             passes = call.name in _KEEPS_NOTHING and call.outputs and call.inputs[:1]
@@ -239,7 +253,8 @@ class _Network:
         maker = self.uses.makers.get(value)
         stage = self.by_call.get(maker.index) if maker is not None else None
         cost, factor = self._cost(value), None
-        if stage is not None and stage.output == value and value in self.kept:
+        measured = stage is not None and (stage.has("relu") or stage.has("pool"))
+        if stage is not None and stage.output == value and measured:
             cost = _TAP / 4  # its backward reads a and g anyway
         elif maker is not None:
             factor = self._factor(maker)
@@ -297,15 +312,17 @@ class _Network:
             self._value(value)
 
     def _stage(self, stage: Stage) -> None:
-        first = self.record.calls[next(iter(stage.roles))]
+        first = self.record.calls[stage.first]
         last = self.record.calls[stage.last]
         out = stage.output
-        through = next(iter(stage.roles.values())) in ("relu", "pool")
+        through = stage.roles[stage.first] in ("relu", "pool")
         conserving = not stage.has("relu") or (stage.upper == INF and not self.guided)
         if through and conserving:
-            self._pass_on(stage.source, out)
+            for source in stage.sources:
+                self._pass_on(source, out)
             return
-        self._use(stage.source, first, _READERS if is_reader(first, self.weights) else _MADE)
+        for source in stage.sources:
+            self._use(source, first, _READERS if is_reader(first, self.weights) else _MADE)
         if stage.residual is None:
             self._source(out)
         elif conserving and stage.residual in self.channels and self._same(stage.residual, out):

@@ -56,6 +56,7 @@ class LaunchingBackend(ABC):
     has_winograd: ClassVar[bool] = False  # whether it convolves by `attrfast.winograd`
     has_pointwise: ClassVar[bool] = False  # likewise by `attrfast.pointwise`
     has_depthwise: ClassVar[bool] = False  # likewise by `attrfast.depthwise`
+    has_joined: ClassVar[bool] = False  # whether it has the launches of `attrfast.joined`
 
     @abstractmethod
     def check_device(self, kind: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from attrfast import _native
 from attrfast.errors import BackendError
 from attrfast.launching import LaunchingBackend, Windows
-from attrfast.layouts import laid
+from attrfast.layouts import channels_lie_together, laid
 from attrfast.pointers import DTYPES, NORMS, pointer, shape_of
 
 Tensor = torch.Tensor
@@ -22,6 +22,7 @@ class CpuBackend(LaunchingBackend):
     has_winograd = True
     has_pointwise = True
     has_depthwise = True
+    has_joined = True
 
     def check_device(self, kind: str) -> None:
         if kind != "cpu":
@@ -322,6 +323,52 @@ class CpuBackend(LaunchingBackend):
             torch.get_num_threads(),
         )
 
+    def joined(
+        self,
+        parts: Sequence[Tensor],
+        scale: Tensor,
+        shift: Tensor,
+        y: Tensor,
+        lower: float,
+        upper: float,
+    ) -> None:
+        """See `attrfast.joined.forward`; fills y, which lies as the parts do."""
+        _native.joined(
+            *shape_of(y, channels_lie_together(parts[0])),
+            *_addresses_and_channels(parts),
+            *map(pointer, (scale, shift, y)),
+            lower,
+            upper,
+            torch.get_num_threads(),
+        )
+
+    def joined_backward(
+        self,
+        parts: Sequence[Tensor],
+        g: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        into: Sequence[Tensor | None],
+        adds: Sequence[bool],
+        s: Tensor | None,
+        lower: float,
+        upper: float,
+        guided: bool,
+    ) -> None:
+        """See `attrfast.joined.gradient`; fills or adds to `into`, and fills s where it is given."""
+        _native.joined_backward(
+            *shape_of(g, channels_lie_together(parts[0])),
+            *_addresses_and_channels(parts),
+            *map(pointer, (g, scale, shift)),
+            [pointer(t) for t in into],
+            adds,
+            pointer(s),
+            lower,
+            upper,
+            guided,
+            torch.get_num_threads(),
+        )
+
     def segment_normalize(self, theta: Tensor, offsets: Tensor, kind: str) -> Tensor:
         theta, offsets = laid(theta, False), laid(offsets, False)
         out = torch.empty_like(theta)
@@ -336,3 +383,7 @@ class CpuBackend(LaunchingBackend):
             torch.get_num_threads(),
         )
         return out
+
+
+def _addresses_and_channels(parts: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    return [part.data_ptr() for part in parts], [part.shape[1] for part in parts]

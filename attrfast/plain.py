@@ -18,6 +18,7 @@ class ReferenceBackend:
     has_winograd = False
     has_pointwise = False
     has_depthwise = False
+    has_joined = False
     affine_relu_backward = staticmethod(reference.affine_relu_backward)
     affine_add_relu_backward = staticmethod(reference.affine_add_relu_backward)
     affine_relu_max_pool = staticmethod(reference.affine_relu_max_pool)

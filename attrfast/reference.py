@@ -7,6 +7,7 @@ float32, bfloat16 and float16 compute in float32, float64 in float64. Must not k
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
@@ -141,6 +142,33 @@ def affine_relu_backward(
     inside = torch.where(_passes(a, g, lower, upper, guided), wide, 0.0)
     s = _positions(wide_a * wide) if attribute else wide.new_zeros(wide.shape[:2])
     return (inside * _per_channel(scale, a)).to(g.dtype), s
+
+
+def joined(
+    parts: Sequence[torch.Tensor],
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    lower: float = 0.0,
+    upper: float = INF,
+) -> torch.Tensor:
+    """`affine_relu` of maps (N, C of each, ...) that are joined along the channels."""
+    return affine_relu(torch.cat(list(parts), 1), scale, shift, None, lower, upper)[0]
+
+
+def joined_backward(
+    parts: Sequence[torch.Tensor],
+    g: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    lower: float = 0.0,
+    upper: float = INF,
+    guided: bool = False,
+    attribute: bool = True,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Backward of `joined` from what it was given: `affine_relu_backward`, with gz cut into parts."""
+    a = joined(parts, scale, shift, lower, upper)
+    gz, s = affine_relu_backward(a, g, scale, lower, upper, guided, attribute)
+    return torch.split(gz, [part.shape[1] for part in parts], 1), s
 
 
 def affine_add_relu_backward(

@@ -1,7 +1,8 @@
 """Groups the calls of a recorded pass into stages: convolution, batch norm, addition, ReLU, max-pool.
 
-A stage is a chain in which every value but the last has one reader, so that it can run in place as one
-op. Must not know about units or attribution.
+Some begin with a concatenation instead, which batch norm and ReLU follow. A stage is a chain in which every
+value but the last has one reader, so that it can run in place as one op. Must not know about units or
+attribution.
 """
 
 from __future__ import annotations
@@ -14,6 +15,16 @@ from attrfast.trace import Call, Param, Ref, Trace, argument
 
 _FRESH_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 _PLAIN_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_JOINING = ("cat", "concat", "concatenate")
+# What makes new memory, unless it is told to write into its input.
+_MAKES_NEW = frozenset(
+    """
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm group_norm
+    layer_norm relu relu6 leaky_relu elu gelu silu hardswish hardsigmoid sigmoid tanh softmax prelu add sub mul
+    div cat concat concatenate stack clone mean sum max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d
+    avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    """.split()
+)
 INF = float("inf")
 
 
@@ -22,8 +33,8 @@ class Stage:
     """Calls that run as one op.
 
     Attributes:
-        roles: call index -> "conv", "norm", "add", "relu" or "pool", in order.
-        source: the value that it reads first.
+        roles: call index -> "cat", "conv", "norm", "add", "relu" or "pool", in order.
+        sources: the values that it reads first: one, or those that it joins.
         residual: the value that its addition takes besides, or None.
         output: the value that it makes.
         upper: ceiling of its ReLU (inf for an ordinary one); read where there is a ReLU.
@@ -31,11 +42,16 @@ class Stage:
     """
 
     roles: dict[int, str]
-    source: int
+    sources: tuple[int, ...]
     output: int
     residual: int | None = None
     upper: float = INF
     owned: bool = False
+
+    @property
+    def first(self) -> int:
+        """Index of its first call."""
+        return next(iter(self.roles))
 
     def has(self, role: str) -> bool:
         return role in self.roles.values()
@@ -111,13 +127,18 @@ def find_stages(record: Trace, uses: Uses) -> list[Stage]:
     """The stages of a pass; every call is in one at most."""
     taken: set[int] = set()
     stages = []
+    changed = _last_changes(record)
     for call in record.calls:
         if call.index in taken or len(call.outputs) != 1:
             continue
-        stage = _head(call, record, uses)
+        if call.name in _JOINING:
+            stage = _joined(call, record, uses, changed)
+        else:
+            stage = _head(call, record, uses)
         if stage is None:
             continue
-        _extend(stage, record, uses, taken)
+        if not stage.has("cat"):
+            _extend(stage, record, uses, taken)
         if _worthwhile(stage):
             taken.update(stage.roles)
             stages.append(stage)
@@ -127,6 +148,59 @@ def find_stages(record: Trace, uses: Uses) -> list[Stage]:
 def _worthwhile(stage: Stage) -> bool:
     # A lone addition or the like is no stage: only what a kernel does better is.
     return stage.has("conv") or stage.has("norm") or stage.has("relu") or stage.has("pool")
+
+
+def _joined(call: Call, record: Trace, uses: Uses, changed: dict[int, int]) -> Stage | None:
+    """A concatenation of channels, the batch norm that alone reads it, and the ReLU that alone reads that.
+
+    Its parts are read once more on the way back, so nothing may write to them in the meantime.
+
+    Args:
+        changed: as of `_last_changes`.
+    """
+    parts, dim = argument(call, 0, "tensors"), argument(call, 1, "dim", 0)
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Ref) for part in parts):
+        return None
+    sources = tuple(part.value for part in parts)
+    out = call.outputs[0]
+    dims = len(record.shapes[out])
+    if len(set(sources)) < len(sources) or set(sources) != set(call.inputs) or not 2 <= dims <= 5:
+        return None
+    if dim not in (1, 1 - dims) or any(changed.get(v, -1) > call.index for v in sources):
+        return None
+    norm = uses.only_reader(out)
+    if norm is None or not _is_norm(norm) or len(norm.outputs) != 1 or norm.overwrites is not None:
+        return None
+    relu = uses.only_reader(norm.outputs[0])
+    upper = None if relu is None or len(relu.outputs) != 1 else call_ceiling(relu)
+    if relu is None or upper is None:
+        return None
+    after = uses.only_reader(relu.outputs[0])
+    if after is not None and _is_pool(after, record):
+        return None  # which is better off in a stage with what comes before it
+    roles = {call.index: "cat", norm.index: "norm", relu.index: "relu"}
+    return Stage(roles, sources, relu.outputs[0], upper=upper, owned=True)
+
+
+def _last_changes(record: Trace) -> dict[int, int]:
+    """Value -> the last call that writes to memory that may be its own."""
+    memory = list(range(len(record.shapes)))  # value -> the first that it may share its memory with
+
+    def first(value: int) -> int:
+        while memory[value] != value:
+            memory[value] = memory[memory[value]]
+            value = memory[value]
+        return value
+
+    last: dict[int, int] = {}
+    for call in record.calls:
+        if call.overwrites is not None or call.name not in _MAKES_NEW:
+            for value in (*call.inputs, *call.outputs):
+                memory[first(value)] = first(call.inputs[0]) if call.inputs else first(value)
+    for call in record.calls:
+        if call.overwrites is not None:
+            last[first(call.overwrites)] = call.index
+    return {value: last[first(value)] for value in range(len(memory)) if first(value) in last}
 
 
 def _head(call: Call, record: Trace, uses: Uses) -> Stage | None:
@@ -139,28 +213,24 @@ def _head(call: Call, record: Trace, uses: Uses) -> Stage | None:
         weight = argument(call, 1, "weight")
         padding = argument(call, 4, "padding", 0)
         if isinstance(weight, Param) and len(shape) == int(call.name[-2]) + 2 and padding != "same":
-            return Stage({call.index: "conv"}, value, out, owned=True)
+            return Stage({call.index: "conv"}, (value,), out, owned=True)
         return None
     if not 2 <= len(shape) <= 5:
         return None
     if _is_norm(call):
-        return Stage({call.index: "norm"}, value, out, owned=_spare(value, uses))
+        return Stage({call.index: "norm"}, (value,), out, owned=_spare(value, uses))
     upper = call_ceiling(call)
     if upper is not None:
-        return Stage({call.index: "relu"}, value, out, upper=upper, owned=_spare(value, uses))
+        return Stage({call.index: "relu"}, (value,), out, upper=upper, owned=_spare(value, uses))
     if _is_pool(call, record):
-        return Stage({call.index: "pool"}, value, out)
+        return Stage({call.index: "pool"}, (value,), out)
     return None
 
 
 def _spare(value: int, uses: Uses) -> bool:
     """Whether nobody else needs a value's memory: a fresh tensor that its maker's backward ignores."""
     maker = uses.makers.get(value)
-    return (
-        maker is not None
-        and maker.name in ("cat", "concat", "concatenate")
-        and (uses.only_reader(value) is not None)
-    )
+    return maker is not None and maker.name in _JOINING and (uses.only_reader(value) is not None)
 
 
 def _extend(stage: Stage, record: Trace, uses: Uses, taken: set[int]) -> None:

@@ -157,6 +157,28 @@ struct DepthwiseBackward {
   bool guided;
 };
 
+// y = clamp(x * scale + shift, lower, upper) of a map x that is joined along the channels from `count` parts: part i
+// has channels[i] channels, which add up to the shape's, and is dense in the launch's layout.
+struct Joined {
+  const void* const* x;
+  const int64_t* channels;
+  int64_t count;
+  const void *scale, *shift;
+  double lower, upper;
+};
+
+// g1 and s as of AffineReluBackward with kOutput, where a is the y of `joined`, which is computed once more.
+// gx[i], like part i, gets its channels of g1 * scale, or has them added to what it holds where adds[i] is not zero;
+// null: they are not wanted. s null: it is not wanted.
+struct JoinedBackward {
+  Joined joined;
+  const void* g;
+  void* const* gx;
+  const uint8_t* adds;
+  void* s;
+  bool guided;
+};
+
 // One set of kernels, compiled for one instruction set.
 struct Kernels {
   const char* isa;
@@ -177,6 +199,9 @@ struct Kernels {
   void (*depthwise)(const Depthwise&, int threads);
   int64_t (*depthwise_floats)(const Depthwise&, int threads);
   void (*depthwise_backward)(const DepthwiseBackward&, int threads);
+  // Here the shape's c is that of the joined map.
+  void (*joined)(Dtype, const Shape&, const Joined&, void* y, int threads);
+  void (*joined_backward)(Dtype, const Shape&, const JoinedBackward&, int threads);
 };
 
 const Kernels* baseline_kernels();

@@ -1,6 +1,7 @@
 // The Python module attrfast._native: launches over raw pointers. It knows no tensors; attrfast/native.py
 // checks shapes and strides before it comes here.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -274,6 +275,54 @@ void depthwise_backward(int64_t n, int64_t channels, Two input, Two output, int6
   chosen->depthwise_backward(op, threads);
 }
 
+// The parts of a joined map, and what a launch takes for them.
+struct JoinedParts {
+  std::vector<const void*> x;
+  const std::vector<int64_t>& channels;
+
+  JoinedParts(const char* name, const std::vector<Address>& parts, const std::vector<int64_t>& channels)
+      : channels(channels) {
+    Check(name).require(parts.size() == channels.size(), "every part needs its number of channels");
+    for (Address part : parts) x.push_back(in(part));
+  }
+
+  Joined joined(Address scale, Address shift, double lower, double upper) const {
+    const int64_t count = static_cast<int64_t>(x.size());
+    return {x.data(), channels.data(), count, in(scale), in(shift), lower, upper};
+  }
+};
+
+void joined(int dtype, int layout, int64_t n, int64_t c, int64_t p, const std::vector<Address>& x,
+            const std::vector<int64_t>& channels, Address scale, Address shift, Address y, double lower,
+            double upper, int threads) {
+  const Dtype type = static_cast<Dtype>(dtype);
+  const Shape shape = shape_of(n, c, p, layout);
+  const JoinedParts parts("joined", x, channels);
+  const Joined op = parts.joined(scale, shift, lower, upper);
+  threads = usable("joined", threads);
+  if (to_do(type, shape, op, in(y))) chosen->joined(type, shape, op, out(y), threads);
+}
+
+void joined_backward(int dtype, int layout, int64_t n, int64_t c, int64_t p,
+                     const std::vector<Address>& x, const std::vector<int64_t>& channels, Address g,
+                     Address scale, Address shift, const std::vector<Address>& gx,
+                     const std::vector<bool>& adds, Address s, double lower, double upper, bool guided,
+                     int threads) {
+  const Dtype type = static_cast<Dtype>(dtype);
+  const Shape shape = shape_of(n, c, p, layout);
+  const JoinedParts parts("joined_backward", x, channels);
+  Check("joined_backward")
+      .require(gx.size() == x.size() && adds.size() == x.size(),
+               "every part needs an address for its gradient, and whether that is added to");
+  std::vector<void*> into;
+  for (Address part : gx) into.push_back(out(part));
+  const std::vector<uint8_t> added(adds.begin(), adds.end());
+  const JoinedBackward op = {
+      parts.joined(scale, shift, lower, upper), in(g), into.data(), added.data(), out(s), guided};
+  threads = usable("joined_backward", threads);
+  if (to_do(type, shape, op)) chosen->joined_backward(type, shape, op, threads);
+}
+
 const char* const kChecked = R"(: a launch of csrc/attribution.h.
 
 Raises ValueError for what no launch can have: an unknown code of a dtype, layout, norm or attribute; negative
@@ -348,6 +397,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("depthwise_floats", &depthwise_floats,
         "(n, channels, input, output, kernel, stride, padding, transposed, threads): floats of scratch "
         "that depthwise needs, and depthwise_backward with transposed.");
+  launch("joined", &joined,
+         "(dtype, layout, n, c, p, x, channels, scale, shift, y, lower, upper, threads)");
+  launch("joined_backward", &joined_backward,
+         "(dtype, layout, n, c, p, x, channels, g, scale, shift, gx, adds, s, lower, upper, guided, "
+         "threads)");
 #ifdef ATTRFAST_WITH_CUDA
   py::module_ cuda = m.def_submodule("cuda", "Launches of attrfast's CUDA kernels over raw pointers.");
   attrfast::cuda::bind(cuda);

@@ -9,6 +9,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "attribution.h"
 
@@ -66,8 +67,8 @@ class Check {
 
   // Nothing that is written overlaps anything else.
   void apart() const {
-    for (int i = 0; i < used_; ++i) {
-      for (int j = 0; j < i; ++j) {
+    for (size_t i = 0; i < regions_.size(); ++i) {
+      for (size_t j = 0; j < i; ++j) {
         const Region &a = regions_[i], &b = regions_[j];
         if (!(a.written || b.written) || a.begin() >= b.end() || b.begin() >= a.end()) continue;
         const bool whole = a.begin() == b.begin() && a.end() == b.end();
@@ -94,12 +95,11 @@ class Check {
     require(region.at != nullptr, name + " is null");
     require(region.begin() % region.width == 0, name + " is not aligned to its elements");
     require(region.end() > region.begin(), name + " reaches beyond the last address");
-    regions_[used_++] = region;
+    regions_.push_back(region);
   }
 
   const char* op_;
-  Region regions_[12];
-  int used_ = 0;
+  std::vector<Region> regions_;
 };
 
 inline int64_t width_of(Dtype dtype) { return dtype == kFloat ? 4 : dtype == kDouble ? 8 : 2; }
@@ -381,6 +381,42 @@ inline void check_memory(const PointwiseBackward& op, int64_t scratch_floats) {
   if (op.attribute != kNone) check.writes("s", op.s, product.n * product.channels_in, sizeof(float));
   check.writes("scratch", product.scratch, scratch_floats, sizeof(float));
   check.apart();
+}
+
+// Of the parts and the vectors; gives the elements of the joined map.
+inline int64_t check_parts(Check& check, Dtype dtype, const Shape& shape, const Joined& op) {
+  const int64_t count = check_shape(check, dtype, shape), wide = compute_width_of(dtype);
+  check_bounds(check, op.lower, op.upper);
+  int64_t channels = 0;
+  for (int64_t i = 0; i < op.count; ++i) {
+    const int64_t mine = check.within("channels of a part", op.channels[i], 0, shape.c - channels);
+    check.reads("x", op.x[i], shape.n * shape.p * mine, width_of(dtype));
+    channels += mine;
+  }
+  check.require(channels == shape.c, "the parts have " + std::to_string(channels) +
+                                         " channels, expected " + std::to_string(shape.c));
+  check.reads("scale", op.scale, shape.c, wide);
+  check.reads("shift", op.shift, shape.c, wide);
+  return count;
+}
+
+inline bool to_do(Dtype dtype, const Shape& shape, const Joined& op, const void* y) {
+  Check check("joined");
+  const int64_t count = check_parts(check, dtype, shape, op);
+  check.writes("y", y, count, width_of(dtype));
+  check.apart();
+  return count > 0;
+}
+
+inline bool to_do(Dtype dtype, const Shape& shape, const JoinedBackward& op) {
+  Check check("joined_backward");
+  const int64_t count = check_parts(check, dtype, shape, op.joined), width = width_of(dtype);
+  check.reads("g", op.g, count, width);
+  for (int64_t i = 0; i < op.joined.count; ++i)
+    check.may_write("gx", op.gx[i], shape.n * shape.p * op.joined.channels[i], width);
+  check.may_write("s", op.s, shape.n * shape.c, compute_width_of(dtype));
+  check.apart();
+  return shape.n * shape.c > 0;
 }
 
 }  // namespace attrfast

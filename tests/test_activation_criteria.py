@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import attrfast
-from attrfast import fused, tiers
+from attrfast import fused, stage_runs, tiers
 from attrfast.criteria import ActivationCriterion, APoZ
 from attrfast.map_statistics import share_not_zero
 
@@ -123,7 +123,7 @@ def test_stages_that_run_part_by_part_are_measured_whole(
     def two(run: Any, size: int, samples: int) -> int:
         return samples if run.buffers is None else min(2, samples)
 
-    monkeypatch.setattr(fused._Run, "samples_at_once", two)
+    monkeypatch.setattr(stage_runs.StageRun, "samples_at_once", two)
     parts = score(model, [(inputs, labels)], ["taylor", "apoz", "hrank"])
     for criterion in whole:
         torch.testing.assert_close(parts[criterion].raw, whole[criterion].raw, rtol=1e-12, atol=1e-15)

@@ -78,10 +78,11 @@ static void add_parts(const double* partial, int64_t samples, int64_t parts, int
   }
 }
 
-// Sums over positions of a channels-last tensor: body(row, acc) adds position `row` of channels 0..C
-// into acc. s gets the totals.
-template <class C, class Body>
-static void sum_channels_last(const Shape& shape, void* s_out, bool wanted, int threads, Body body) {
+// Sums over positions of a channels-last tensor: block(first, last, acc) adds positions first to last of all
+// samples' positions, which are of one sample, into acc (C). s gets the totals.
+template <class C, class Block>
+static void sum_blocks_channels_last(const Shape& shape, void* s_out, bool wanted, int threads,
+                                     Block block) {
   const Pieces pieces(shape);
   const int64_t count = shape.n * pieces.per_sample, channels = shape.c;
   double* partial = wanted ? new double[count * channels] : nullptr;
@@ -97,8 +98,7 @@ static void sum_channels_last(const Shape& shape, void* s_out, bool wanted, int 
       for (int64_t c = 0; wanted && c < channels; ++c) sum[c] = 0;
       for (int64_t start = first; start < last; start += kRows) {
         for (int64_t c = 0; c < channels; ++c) acc[c] = 0;
-        const int64_t stop = smaller(start + kRows, last);
-        for (int64_t p = start; p < stop; ++p) body((n * shape.p + p) * channels, acc);
+        block(n * shape.p + start, n * shape.p + smaller(start + kRows, last), acc);
         if (wanted) {
 #pragma omp simd
           for (int64_t c = 0; c < channels; ++c) sum[c] += acc[c];
@@ -110,6 +110,15 @@ static void sum_channels_last(const Shape& shape, void* s_out, bool wanted, int 
   if (!wanted) return;
   add_parts(partial, shape.n, pieces.per_sample, channels, static_cast<C*>(s_out));
   delete[] partial;
+}
+
+// The same, position by position: body(start, acc) adds the channels of one, which begin at `start`.
+template <class C, class Body>
+static void sum_channels_last(const Shape& shape, void* s, bool wanted, int threads, Body body) {
+  const int64_t channels = shape.c;
+  sum_blocks_channels_last<C>(shape, s, wanted, threads, [=](int64_t first, int64_t last, C* acc) {
+    for (int64_t p = first; p < last; ++p) body(p * channels, acc);
+  });
 }
 
 // -- affine_relu ------------------------------------------------------------------------------------
@@ -305,6 +314,7 @@ static void attribution_typed(const Shape& shape, const Attribution& op, int thr
 
 // These need the vectors.
 #include "depthwise.inl"
+#include "joined.inl"
 #include "pointwise.inl"
 #include "winograd.inl"
 
@@ -387,14 +397,36 @@ static void segment_normalize(Dtype dtype, const SegmentNormalize& op, int threa
   ATTRFAST_BY_DTYPE(dtype, (segment_normalize_typed<T>(op, threads)))
 }
 
-static const Kernels kernels = {ATTRFAST_ISA_NAME,         affine_relu,
-                                affine_relu_backward,      attribution,
-                                affine_relu_max_pool,      affine_relu_max_pool_backward,
-                                segment_normalize,         winograd,
-                                winograd_floats,           pointwise,
-                                pointwise_floats,          pointwise_backward,
-                                pointwise_backward_floats, depthwise,
-                                depthwise_floats,          depthwise_backward};
+static void joined(Dtype dtype, const Shape& shape, const Joined& op, void* y, int threads) {
+  ATTRFAST_BY_DTYPE(dtype, (joined_typed<T>(shape, op, y, threads)))
+}
+
+static void joined_backward(Dtype dtype, const Shape& shape, const JoinedBackward& op, int threads) {
+  if (op.guided) {
+    ATTRFAST_BY_DTYPE(dtype, (joined_backward_typed<T, true>(shape, op, threads)))
+  } else {
+    ATTRFAST_BY_DTYPE(dtype, (joined_backward_typed<T, false>(shape, op, threads)))
+  }
+}
+
+static const Kernels kernels = {ATTRFAST_ISA_NAME,
+                                affine_relu,
+                                affine_relu_backward,
+                                attribution,
+                                affine_relu_max_pool,
+                                affine_relu_max_pool_backward,
+                                segment_normalize,
+                                winograd,
+                                winograd_floats,
+                                pointwise,
+                                pointwise_floats,
+                                pointwise_backward,
+                                pointwise_backward_floats,
+                                depthwise,
+                                depthwise_floats,
+                                depthwise_backward,
+                                joined,
+                                joined_backward};
 
 }  // namespace ATTRFAST_ISA
 }  // namespace attrfast
