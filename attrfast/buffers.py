@@ -43,6 +43,7 @@ class Buffers:
         self._blocks: list[_Block] = []
         self._batch = 0
         self._scratch = torch.empty(0)
+        self._piece = torch.empty(0)
 
     def next_batch(self) -> None:
         """Gives back what two batches had no use for, as where inputs change their size."""
@@ -52,7 +53,7 @@ class Buffers:
     def give_back(self) -> None:
         """Gives back all that no tensor lies in."""
         self._blocks = [b for b in self._blocks if not b.free]
-        self._scratch = torch.empty(0)
+        self._scratch = self._piece = torch.empty(0)
 
     def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of any values.
@@ -78,6 +79,18 @@ class Buffers:
             self._scratch = torch.empty(0)  # given back before more is taken
             self._scratch = torch.frombuffer(_pages(_rounded(4 * count)), dtype=torch.float32)
         return self._scratch
+
+    def piece(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any values, until the next call: in the same memory every time, so pieces leave no holes.
+
+        Args:
+            strides: those of a dense tensor of that shape.
+        """
+        count = -(-dtype.itemsize * torch.Size(shape).numel() // 4)
+        if self._piece.numel() < count:
+            self._piece = torch.empty(0)
+            self._piece = torch.frombuffer(_pages(_rounded(4 * count)), dtype=torch.float32)
+        return self._piece.view(dtype).as_strided(tuple(shape), tuple(strides))
 
     def _block(self, count: int) -> _Block:
         size = _rounded(count)

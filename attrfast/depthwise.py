@@ -105,6 +105,7 @@ def gradient(
     guided: bool = False,
     attribute: bool = True,
     *,
+    out: Tensor | None = None,
     buffers: Buffers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Backward of a convolution and of what followed it, if `suits` accepts g with `transposed`.
@@ -112,12 +113,13 @@ def gradient(
     Args:
         a, g, weight, scale, lower, upper, guided, attribute: see `attrfast.reference.depthwise_backward`.
         padding, stride, size: see `convolve`.
+        out: channels-last memory for gx; None makes new memory.
         buffers: what large memory comes from.
 
     Returns:
         gx, channels-last; s: (N, C), zeros unless `attribute`.
     """
-    gx = empty_channels_last(buffers, (*g.shape[:2], *size))
+    gx = empty_channels_last(buffers, (*g.shape[:2], *size)) if out is None else out
     s = g.new_empty(g.shape[:2]) if attribute else g.new_zeros(g.shape[:2])
     backend = backend_for(g.device)
     shape = (tuple(size), weight.shape[2], stride, tuple(padding))

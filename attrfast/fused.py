@@ -310,6 +310,7 @@ class PlanMode(CallMode):
         memory = torch.empty((), device="meta")
         if head is not None:
             strides = empty_laid(memory, True, x.shape).stride()
+            head.own = None  # which knows of the head, in a circle that would outlive the batch
         else:
             strides = x.stride() if is_dense(x) else memory.new_empty(x.shape).stride()
         run.x_like, run.head = (x.shape, strides, x.dtype), head
@@ -353,7 +354,8 @@ class PlanMode(CallMode):
         """Gives what a convolution reads, at most `step` samples at a time."""
         if head is None:
             return pieces_of(x, step)
-        return pieces_of_joined(head, min(step, run.joined_at_once(head.joins)))
+        assert head.joins is not None
+        return pieces_of_joined(head, max(1, min(step, run.joined_at_once(head.joins))), True)
 
     def _lowered(self, weight: Tensor) -> Tensor:
         """A weight in the dtype of autocast, which would make it anew in every call."""
@@ -394,9 +396,9 @@ class PlanMode(CallMode):
                     self.shared[value] = shared(part)
                 given[i], gradient = self.shared[value]
             run.gradients.append(gradient)
-        run.joins, run.memory = tuple(given), self.buffers
+        run.joins, run.memory = joined.Parts(given), self.buffers
         run.own = whole_join(run)
-        shape = joined.shape(given)
+        shape = run.joins.shape
         run.z = given[0].new_empty_strided(shape, (0,) * len(shape))
 
     def _start(self, run: StageRun, index: int, x: Tensor) -> None:
@@ -426,26 +428,26 @@ class PlanMode(CallMode):
             run.through = self.columns[value], self.plan.through[value]
         if value in self.plan.branch:
             run.branch = self.columns[value], self.plan.branch[value]
-        if run.joins and run.counted is None and value in self.plan.heads:
-            together = channels_lie_together(run.joins[0])
-            if together and (not run.turned or value in self.plan.free):
-                self.heads[value] = run
-                if run.turned:
-                    self.turned.add(value)
-                return run.z
+        alone = run.joins is not None and run.joins.last and run.counted is None
+        if alone and value in self.plan.heads and (not run.turned or value in self.plan.free):
+            self.heads[value] = run
+            if run.turned:
+                self.turned.add(value)
+            return run.z
         return self._launch(run)
 
     def _launch(self, run: StageRun) -> Tensor:
         x, residual, head = run.x, run.residual, run.head or run
         assert run.z is not None
         positions = run.z.shape[2:].numel()
-        inputs = [t for t in (x, residual, *head.joins) if t is not None]
+        parts = () if head.joins is None else head.joins.tensors
+        inputs = [t for t in (x, residual, *parts) if t is not None]
         taps = run.through, run.branch, head.through
         if not any(t.requires_grad for t in inputs) and all(tap is None for tap in taps):
             with torch.no_grad():
                 out, _ = run_forward(run, residual)
-        elif head.joins:
-            out = JoinFunction.apply(self.anchor, run, *head.joins)
+        elif parts:
+            out = JoinFunction.apply(self.anchor, run, *parts)
         else:
             assert x is not None
             out = StageFunction.apply(x, residual, self.anchor, run)

@@ -111,17 +111,18 @@ class Plan:
     heads: frozenset[int] = frozenset()
 
 
-def make_plan(found: Discovery, weights: dict[str, str], *, guided: bool) -> Plan | None:
+def make_plan(found: Discovery, weights: dict[str, str], *, guided: bool, joins: bool) -> Plan | None:
     """Stages and taps for a recorded pass, or None where no finite cut exists.
 
     Args:
         found: the units and the record.
         weights: full name of a reader's weight -> name of the reader.
         guided: gradients are guided at every ReLU, which therefore conserves nothing.
+        joins: whether the backend reads maps that are joined one by one.
     """
     record = found.record
     uses = uses_of(record)
-    stages = find_stages(record, uses)
+    stages = find_stages(record, uses, joins=joins)
     by_call = {index: stage for stage in stages for index in stage.roles}
     network = _Network(found, uses, stages, by_call, weights, guided)
     taps = network.cut()
@@ -164,10 +165,13 @@ def bytes_per_sample(record: Trace, plan: Plan | None) -> float:
 
     Args:
         record: a forward pass.
-        plan: whose stages make no tensor but their last; None where every call makes its own.
+        plan: whose stages make no tensor but their last, and do not keep what they join; None where every call
+            makes its own.
     """
     size = [shape.numel() * each for shape, each in zip(record.shapes, record.itemsizes, strict=True)]
     stages = {} if plan is None else plan.stages
+    joined = {stage.output for stage in stages.values() if stage.has("cat")}
+    heads = frozenset() if plan is None else plan.heads
     made = [
         value
         for call in record.calls
@@ -175,8 +179,9 @@ def bytes_per_sample(record: Trace, plan: Plan | None) -> float:
         for value in call.outputs
         if call.name not in _KEEPS_NOTHING and (call.overwrites is None or call.index in stages)
     ]
-    largest = sorted((size[value] for value in made), reverse=True)
-    return (sum(largest) + sum(largest[:2])) / max(1, record.samples)
+    kept = sum(size[value] for value in made if value not in joined)
+    largest = sorted((size[value] for value in made if value not in heads), reverse=True)
+    return (kept + sum(largest[:2])) / max(1, record.samples)
 
 
 def is_reader(call: Call, weights: dict[str, str]) -> bool:

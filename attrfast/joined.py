@@ -43,39 +43,85 @@ def suits(parts: Sequence[Tensor]) -> bool:
     )
 
 
-def shape(parts: Sequence[Tensor]) -> tuple[int, ...]:
-    """That of the joined map."""
-    first = parts[0]
-    return len(first), sum(part.shape[1] for part in parts), *first.shape[2:]
+class Parts:
+    """Maps that `suits` accepts, to be joined; what a launch needs of them is looked up once.
+
+    Args:
+        tensors: (N, C of each, positions...).
+
+    Attributes:
+        tensors: the same.
+        shape: that of the joined map.
+        last: whether it lies channels-last, as they do.
+        channels: C of each.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        first = tensors[0]
+        self.tensors = tuple(tensors)
+        self.last = channels_lie_together(first)
+        self.channels = [x.shape[1] for x in tensors]
+        self.shape = torch.Size((len(first), sum(self.channels), *first.shape[2:]))
+        sample = first.shape[2:].numel() * first.element_size()
+        self._steps = [sample * c for c in self.channels]
+        self._addresses = [x.data_ptr() for x in tensors]
+
+    @property
+    def samples(self) -> int:
+        return self.shape[0]
+
+    def addresses(self, first: int) -> list[int]:
+        """Where each part's sample `first` lies."""
+        return [x + first * step for x, step in zip(self._addresses, self._steps, strict=True)]
+
+    def addresses_of(self, others: Sequence[Tensor | None], first: int) -> list[int]:
+        """The same of tensors that are shaped and laid like the parts; 0 for none."""
+        return [
+            0 if x is None else x.data_ptr() + first * step
+            for x, step in zip(others, self._steps, strict=True)
+        ]
 
 
 def forward(
-    parts: Sequence[Tensor],
+    parts: Parts,
     scale: Tensor,
     shift: Tensor,
     lower: float = 0.0,
     upper: float = INF,
     *,
+    first: int = 0,
+    samples: int | None = None,
+    passing: bool = False,
     buffers: Buffers | None = None,
 ) -> Tensor:
-    """clamp(cat(parts, 1) * scale + shift, lower, upper), if `suits` accepts the parts.
+    """clamp(cat(parts, 1) * scale + shift, lower, upper).
 
     Args:
         scale, shift: (C,) in the compute dtype, with C that of the joined map.
+        first, samples: which samples; None: all from `first` on.
+        passing: whether the result is done with before the next such call, which may overwrite it.
         buffers: what large memory comes from.
 
     Returns:
-        (N, C, positions...), laid out as the parts are.
+        (samples, C, positions...), laid out as the parts are.
     """
-    y = _empty(parts[0], shape(parts), buffers)
+    count = parts.samples - first
+    shape = (count if samples is None else min(samples, count), *parts.shape[1:])
+    like = parts.tensors[0]
+    if passing and buffers is not None:
+        laid_out = empty_laid(like.new_empty((), device="meta"), parts.last, shape)
+        y = buffers.piece(shape, laid_out.stride(), like.dtype)
+    else:
+        y = _empty(like, shape, buffers)
     if y.numel():
-        backend = backend_for(y.device)
-        backend.joined(parts, laid(scale, False), laid(shift, False), y, lower, upper)
+        vectors = laid(scale, False), laid(shift, False)
+        given = parts.addresses(first), parts.channels, parts.last, *vectors
+        backend_for(y.device).joined(*given, y, lower, upper)
     return y
 
 
 def gradient(
-    parts: Sequence[Tensor],
+    parts: Parts,
     g: Tensor,
     scale: Tensor,
     shift: Tensor,
@@ -85,6 +131,8 @@ def gradient(
     attribute: bool,
     into: Sequence[Tensor | None],
     adds: Sequence[bool],
+    *,
+    first: int = 0,
 ) -> Tensor:
     """Backward of `forward` from what it was given; see `attrfast.reference.joined_backward`.
 
@@ -92,16 +140,19 @@ def gradient(
         g: the gradient with respect to what `forward` returned.
         into: for each part, memory that is shaped and laid like it for its gradient, or None.
         adds: for each part, whether the gradient is added to what that memory holds.
+        first: the sample whose gradient g begins with.
 
     Returns:
-        s: (N, C) in the compute dtype, zeros unless `attribute`.
+        s: (samples of g, C) in the compute dtype, zeros unless `attribute`.
     """
     s = torch.zeros(g.shape[:2], dtype=compute_dtype(g.dtype), device=g.device)
     if g.shape[:2].numel():
-        g = laid(g, channels_lie_together(parts[0]))
-        vectors = laid(scale, False), laid(shift, False)
-        sums = s if attribute else None
-        backend_for(g.device).joined_backward(parts, g, *vectors, into, adds, sums, lower, upper, guided)
+        given = parts.addresses(first), parts.channels, parts.last
+        tensors = laid(g, parts.last), laid(scale, False), laid(shift, False)
+        targets, sums = parts.addresses_of(into, first), s if attribute else None
+        backend_for(g.device).joined_backward(
+            *given, *tensors, targets, adds, sums, lower, upper, guided
+        )
     return s
 
 

@@ -9,7 +9,7 @@ import torch
 from attrfast import _native
 from attrfast.errors import BackendError
 from attrfast.launching import LaunchingBackend, Windows
-from attrfast.layouts import channels_lie_together, laid
+from attrfast.layouts import laid
 from attrfast.pointers import DTYPES, NORMS, pointer, shape_of
 
 Tensor = torch.Tensor
@@ -325,17 +325,24 @@ class CpuBackend(LaunchingBackend):
 
     def joined(
         self,
-        parts: Sequence[Tensor],
+        parts: list[int],
+        channels: list[int],
+        last: bool,
         scale: Tensor,
         shift: Tensor,
         y: Tensor,
         lower: float,
         upper: float,
     ) -> None:
-        """See `attrfast.joined.forward`; fills y, which lies as the parts do."""
+        """See `attrfast.joined.forward`; fills y, which lies channels-last or contiguous, as the parts do.
+
+        Args:
+            parts: where each begins in memory.
+        """
         _native.joined(
-            *shape_of(y, channels_lie_together(parts[0])),
-            *_addresses_and_channels(parts),
+            *shape_of(y, last),
+            parts,
+            channels,
             *map(pointer, (scale, shift, y)),
             lower,
             upper,
@@ -344,23 +351,30 @@ class CpuBackend(LaunchingBackend):
 
     def joined_backward(
         self,
-        parts: Sequence[Tensor],
+        parts: list[int],
+        channels: list[int],
+        last: bool,
         g: Tensor,
         scale: Tensor,
         shift: Tensor,
-        into: Sequence[Tensor | None],
+        into: list[int],
         adds: Sequence[bool],
         s: Tensor | None,
         lower: float,
         upper: float,
         guided: bool,
     ) -> None:
-        """See `attrfast.joined.gradient`; fills or adds to `into`, and fills s where it is given."""
+        """See `attrfast.joined.gradient`; fills or adds to `into`, and fills s where it is given.
+
+        Args:
+            parts, into: where each begins in memory; 0 for none.
+        """
         _native.joined_backward(
-            *shape_of(g, channels_lie_together(parts[0])),
-            *_addresses_and_channels(parts),
+            *shape_of(g, last),
+            parts,
+            channels,
             *map(pointer, (g, scale, shift)),
-            [pointer(t) for t in into],
+            into,
             adds,
             pointer(s),
             lower,
@@ -383,7 +397,3 @@ class CpuBackend(LaunchingBackend):
             torch.get_num_threads(),
         )
         return out
-
-
-def _addresses_and_channels(parts: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    return [part.data_ptr() for part in parts], [part.shape[1] for part in parts]

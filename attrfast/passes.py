@@ -120,6 +120,8 @@ class Pass:
     ) -> None:
         self.model, self.units, self.device = model, found.units, device
         self.amp_dtype, self.by_class, self.highest = amp_dtype, by_class, max(classes, default=-1)
+        # Nothing below knows of this pass: in a circle its memory would wait for the garbage collector.
+        self._forward = functools.partial(_forward, model, device, amp_dtype)
         self.tallies = [Tally(rule, how, len(found.units), device) for rule, how in rules]
         self.own: dict[int, OwnPass] = {}  # by the position of their criterion
         for index, (rule, _) in enumerate(rules):
@@ -151,8 +153,8 @@ class Pass:
             limit=memory_limit,
             planned=bytes_per_sample(found.record, plan),
             comfort=_comfort(model) if device.type == "cpu" else None,
-            release=self._give_back,
-            shrink=self._more_segments,
+            release=functools.partial(_give_back, self.runs),
+            shrink=functools.partial(_more_segments, self.runs),
         )
         self.samples, self.classes = 0, 0
         self._class_samples: torch.Tensor | None = None
@@ -189,14 +191,6 @@ class Pass:
                 self._class_samples = labels.new_zeros(self.classes)
             self._class_samples.index_add_(0, labels, torch.ones_like(labels))
 
-    def _give_back(self) -> None:
-        for run in self.runs:
-            run.runner.give_back()
-
-    def _more_segments(self) -> bool:
-        shorter = [run.runner.more_segments() for run in self.runs]
-        return any(shorter)
-
     def _rows(self, batch: Batch, first: int) -> list[torch.Tensor]:
         """(n, U) for each tally that is shared, sample by sample where a layer mixes samples."""
         try:
@@ -221,10 +215,6 @@ class Pass:
             )
         for tally in self.tallies:
             tally.groups = Groups(len(self.units), self.device)
-
-    def _forward(self, batch: Batch) -> Any:
-        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            return batch.feed(self.model)
 
     def _values(self, batch: Batch, first: int) -> list[torch.Tensor]:
         """(n, U) for each tally, from the batch whose first sample has this number in the pass."""
@@ -391,6 +381,21 @@ class Pass:
                 f"the data and the weights, or leave out amp_dtype"
             )
         return raw.to(torch.float64)
+
+
+def _forward(model: nn.Module, device: torch.device, amp_dtype: torch.dtype | None, batch: Batch) -> Any:
+    with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        return batch.feed(model)
+
+
+def _give_back(runs: Sequence[_Run]) -> None:
+    for run in runs:
+        run.runner.give_back()
+
+
+def _more_segments(runs: Sequence[_Run]) -> bool:
+    shorter = [run.runner.more_segments() for run in runs]
+    return any(shorter)
 
 
 def _comfort(model: nn.Module) -> float:

@@ -95,6 +95,7 @@ def gradient(
     attribute: int = 1,
     *,
     g1: Tensor | None = None,
+    out: Tensor | None = None,
     buffers: Buffers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Backward of a convolution and of what followed it, if `suits` accepts g with `transposed`.
@@ -102,12 +103,15 @@ def gradient(
     Args:
         a to attribute: see `attrfast.reference.pointwise_backward`.
         g1: channels-last memory for the gradient with respect to the residual, or g; None does not make it.
+        out: channels-last memory for gx; None makes new memory.
         buffers: what large memory comes from.
 
     Returns:
         gx, channels-last; s: (N, C).
     """
-    gx = empty_channels_last(buffers, (len(g), weight.shape[1], *g.shape[2:]))
+    gx = out
+    if gx is None:
+        gx = empty_channels_last(buffers, (len(g), weight.shape[1], *g.shape[2:]))
     s = g.new_empty(g.shape[:2]) if attribute else g.new_zeros(g.shape[:2])
     backend = backend_for(g.device)
     floats = backend.pointwise_backward_floats(g, weight.shape[1])

@@ -25,6 +25,8 @@ from attrfast.stages import INF, Stage
 
 Tensor = torch.Tensor
 
+_META = torch.empty((), device="meta")
+
 # On a CPU, large tensors of a stage are made so many bytes at a time: what a convolution writes is still in
 # the cache when the kernel after it reads it.
 PART = 4 << 20
@@ -58,7 +60,7 @@ class StageRun:
         self.through: tuple[Columns, float] | None = None
         self.branch: tuple[Columns, float] | None = None
         self.matrix: ScoreMatrix | None = None
-        self.joins: tuple[Tensor, ...] = ()
+        self.joins: joined.Parts | None = None
         self.gradients: list[SharedGradient | None] = []
         self.parts: Iterator[Tensor] | None = None
         self.buffers: Buffers | None = None
@@ -94,17 +96,17 @@ class StageRun:
             return samples
         return min(samples, max(1, PART // max(1, size)))
 
-    def joined_at_once(self, parts: Sequence[Tensor]) -> int:
+    def joined_at_once(self, parts: joined.Parts) -> int:
         """How many samples of the map that its head joins this stage takes at once, forward or back."""
-        samples, channels, *positions = joined.shape(parts)
-        return self.samples_at_once(channels * math.prod(positions) * parts[0].element_size(), samples)
+        size = parts.shape[1:].numel() * parts.tensors[0].element_size()
+        return max(1, self.samples_at_once(size, parts.samples))
 
     def whole(self, part: Tensor, samples: int) -> Tensor:
         """Memory for all samples, laid out like one part."""
         assert self.buffers is not None
         shape = samples, *part.shape[1:]
         last = channels_lie_together(part)
-        like = empty_laid(part.new_empty((), device="meta"), last, shape)
+        like = empty_laid(_META, last, shape)
         return self.buffers.empty(shape, like.stride(), part.dtype)
 
     def folds(self, g: Tensor) -> bool:
@@ -187,9 +189,8 @@ class JoinFunction(torch.autograd.Function):
             run.matrix.add(through[0], a, g, 1, through[1])
             through = None
         if to_parts:
-            flows, joint = _joined_gradients(
-                run, (a, code, None), parts, g, through is not None, into, adds
-            )
+            saved, maps = (a, code, None), joined.Parts(parts)
+            flows, joint = _joined_gradients(run, saved, maps, g, through is not None, into, adds)
             for place, s in ((through, flows), (join.through, joint)):
                 if place is not None:
                     run.matrix.add_sums(place[0], s, place[1])
@@ -199,7 +200,7 @@ class JoinFunction(torch.autograd.Function):
 def _joined_gradients(
     run: StageRun,
     saved: tuple[Tensor | None, ...],
-    parts: list[Tensor],
+    parts: joined.Parts,
     g: Tensor,
     attribute: bool,
     into: list[Tensor | None],
@@ -215,21 +216,29 @@ def _joined_gradients(
     assert join.scale is not None
     assert join.shift is not None
     rules = join.lower, join.upper, join.guided, join.through is not None
-    step = len(g) if run.head is None else run.joined_at_once(parts)
+    step = max(1, len(g)) if run.head is None else run.joined_at_once(parts)
     flows, joint = [], []
-    for start in range(0, max(1, len(g)), max(1, step)):
+    for start in range(0, max(1, len(g)), step):
         here = slice(start, start + step)
         gy = g[here]
         if run.head is not None:
             mine = tuple(None if x is None else x[here] for x in saved)
-            made, _, s = _gradients(run, mine, gy, attribute, True, False)
+            made, _, s = _gradients(run, mine, gy, attribute, True, False, _passing(run, len(gy)))
             assert made is not None
             gy = made
             flows.append(s)
-        memory = [None if m is None else m[here] for m in into]
-        given = [part[here] for part in parts], gy, join.scale, join.shift, *rules
-        joint.append(joined.gradient(*given, memory, adds))
+        given = gy, join.scale, join.shift, *rules, into, adds
+        joint.append(joined.gradient(parts, *given, first=start))
     return (torch.cat(flows) if attribute else g), torch.cat(joint)
+
+
+def _passing(run: StageRun, samples: int) -> Tensor:
+    """Memory for the gradient of so many samples of the map that a head joins, until the next such."""
+    assert run.buffers is not None
+    assert run.x_like is not None
+    shape, _, dtype = run.x_like
+    shape = torch.Size((samples, *shape[1:]))
+    return run.buffers.piece(shape, empty_laid(_META, True, shape).stride(), dtype)
 
 
 def _gradients(
@@ -239,15 +248,20 @@ def _gradients(
     attribute: bool,
     to_x: bool,
     to_residual: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Gradients for x and for the residual where they are wanted, and the flow (N, C)."""
+    """Gradients for x and for the residual where they are wanted, and the flow (N, C).
+
+    Args:
+        out: dense memory for the gradient for x, where the stage has a convolution; None makes new memory.
+    """
     scale, folded = run.scale, None
     if to_x and run.folds(g):
         scale, folded = None, run.scale
     if not to_x or run.geometry is None:
         gz, g1, s = _backward(run, scale, saved, g, attribute)
         return (gz if to_x else None), (g1 if to_residual else None), s
-    in_one = _in_one_launch(run, saved, g, attribute, to_residual)
+    in_one = _in_one_launch(run, saved, g, attribute, to_residual, out)
     if in_one is not None:
         return in_one
     assert run.x_like is not None
@@ -255,9 +269,10 @@ def _gradients(
     step = run.samples_at_once(math.prod(shape[1:]) * g.element_size(), len(g))
     if step == len(g):
         gz, g1, s = _backward(run, scale, saved, g, attribute)
-        return _input_gradient(run, gz, folded).to(dtype), (g1 if to_residual else None), s
+        gx = _input_gradient(run, gz, folded, out).to(dtype)
+        return gx, (g1 if to_residual else None), s
     assert run.buffers is not None
-    gx = run.buffers.empty(shape, strides, dtype)
+    gx = run.buffers.empty(shape, strides, dtype) if out is None else out
     others, sums = [], []
     for start in range(0, len(g), step):
         here = slice(start, start + step)
@@ -274,7 +289,12 @@ def _gradients(
 
 
 def _in_one_launch(
-    run: StageRun, saved: tuple[Tensor | None, ...], g: Tensor, attribute: bool, to_residual: bool
+    run: StageRun,
+    saved: tuple[Tensor | None, ...],
+    g: Tensor,
+    attribute: bool,
+    to_residual: bool,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """What `_gradients` gives, where our own kernel does all of it; None where it does not."""
     assert run.x_like is not None
@@ -293,7 +313,7 @@ def _in_one_launch(
         (stride, _), padding, *_ = run.geometry
         given = a, grad, run.weight, padding, stride, shape[2:], run.scale
         bounds = run.lower, run.upper, run.guided
-        gx, s = depthwise.gradient(*given, *bounds, attribute, buffers=run.memory)
+        gx, s = depthwise.gradient(*given, *bounds, attribute, out=out, buffers=run.memory)
         return gx, None, s
     if not pointwise.suits(grad, run.weight, run.geometry, transposed=True):
         return None
@@ -303,7 +323,7 @@ def _in_one_launch(
         g1 = grad if fresh else empty_channels_last(run.memory, g.shape)
     rules = run.lower, run.upper, run.guided, 2 if run.branch is not None else int(attribute)
     gx, s = pointwise.gradient(
-        a, grad, run.weight, residual, run.scale, *rules, g1=g1, buffers=run.memory
+        a, grad, run.weight, residual, run.scale, *rules, g1=g1, out=out, buffers=run.memory
     )
     return gx, g1, s
 
@@ -318,7 +338,7 @@ def run_forward(run: StageRun, residual: Tensor | None) -> tuple[Tensor, Tensor 
     z, parts = run.z, run.parts
     assert z is not None
     run.z = run.x = run.residual = run.parts = None
-    (run.head or run).joins = ()
+    (run.head or run).joins = None
     run.size = list(z.shape[2:])
     if run.own is not None:
         own, run.own = run.own, None
@@ -462,10 +482,10 @@ def whole_convolution(
             shift = first if shift is None else first + shift
         out = empty_channels_last(buffers, shape)
         start = 0
-        with torch.no_grad():
-            for x in pieces():
-                here = slice(start, start + len(x))
-                start += len(x)
+        for x in pieces():
+            here = slice(start, start + len(x))
+            start += len(x)
+            with torch.no_grad():
                 convolve(
                     x,
                     weight,
@@ -498,23 +518,30 @@ def pieces_of(x: Tensor, step: int) -> Callable[[], Iterator[Tensor]]:
     return give
 
 
-def pieces_of_joined(join: StageRun, step: int) -> Callable[[], Iterator[Tensor]]:
-    """Gives what a stage makes of the maps that it joins, so many samples at a time."""
+def pieces_of_joined(join: StageRun, step: int, passing: bool) -> Callable[[], Iterator[Tensor]]:
+    """Gives what a stage makes of the maps that it joins, so many samples at a time.
+
+    Args:
+        passing: whether each piece is done with before the next one comes.
+    """
     parts = join.joins
-    versions = [part._version for part in parts]
+    assert parts is not None
+    versions = [part._version for part in parts.tensors]
 
     def give() -> Iterator[Tensor]:
         assert join.scale is not None
         assert join.shift is not None
-        for start in range(0, max(1, len(parts[0])), max(1, step)):
-            if [part._version for part in parts] != versions:
+        rules = join.scale, join.shift, join.lower, join.upper
+        for start in range(0, max(1, parts.samples), step):
+            if [part._version for part in parts.tensors] != versions:
                 raise PlanMismatchError(
                     "maps that are joined are written to before the joined map is read"
                 )
-            mine = [part[start : start + step] for part in parts]
             with torch.no_grad():
-                rules = join.scale, join.shift, join.lower, join.upper
-                yield joined.forward(mine, *rules, buffers=join.memory)
+                made = joined.forward(
+                    parts, *rules, first=start, samples=step, passing=passing, buffers=join.memory
+                )
+            yield made
 
     return give
 
@@ -522,11 +549,12 @@ def pieces_of_joined(join: StageRun, step: int) -> Callable[[], Iterator[Tensor]
 def whole_join(join: StageRun) -> Callable[..., Tensor]:
     """What makes the output of a stage that joins maps, when it is asked for."""
     parts = join.joins
-    pieces = pieces_of_joined(join, max(1, len(parts[0])))
+    assert parts is not None
+    pieces = pieces_of_joined(join, max(1, parts.samples), False)
 
     def make(scale: Tensor | None, *_: object) -> Tensor:
         if scale is None:  # asked for before the batch norm
-            return torch.cat(parts, 1).detach()
+            return torch.cat(parts.tensors, 1).detach()
         (made,) = pieces()
         return made
 

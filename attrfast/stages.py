@@ -123,8 +123,12 @@ def relu_ceiling(name: str, call_argument: Any) -> float | None:
     return INF if high is None else float(high)
 
 
-def find_stages(record: Trace, uses: Uses) -> list[Stage]:
-    """The stages of a pass; every call is in one at most."""
+def find_stages(record: Trace, uses: Uses, *, joins: bool) -> list[Stage]:
+    """The stages of a pass; every call is in one at most.
+
+    Args:
+        joins: whether some begin with a concatenation.
+    """
     taken: set[int] = set()
     stages = []
     changed = _last_changes(record)
@@ -132,7 +136,7 @@ def find_stages(record: Trace, uses: Uses) -> list[Stage]:
         if call.index in taken or len(call.outputs) != 1:
             continue
         if call.name in _JOINING:
-            stage = _joined(call, record, uses, changed)
+            stage = _joined(call, record, uses, changed) if joins else None
         else:
             stage = _head(call, record, uses)
         if stage is None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attrfast import ops
 from attrfast.buffers import Buffers
 from attrfast.channels import Discovery
 from attrfast.errors import ModelError
@@ -71,7 +72,8 @@ class Runner:
         self._places: list[Boundary] | None = None
         self.plan: Plan | None = None
         if fused and not absolute:
-            self.plan = make_plan(found, self.weights, guided=guided)
+            joins = ops.backend_for(self.device).has_joined
+            self.plan = make_plan(found, self.weights, guided=guided, joins=joins)
         self.values: dict[int, Columns] = {}
         self.buffers = Buffers() if self.device.type == "cpu" else None
         self.folded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

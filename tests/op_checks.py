@@ -54,6 +54,9 @@ class Poisoned(Buffers):
     def scratch(self, count: int) -> Tensor:
         return super().scratch(count).fill_(torch.nan)
 
+    def piece(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return super().piece(shape, strides, dtype).fill_(torch.nan)
+
 
 def laid(x: Tensor) -> Tensor:
     """x (N, C, H, W), channels-last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 import attrfast
-from attrfast import joined, reference
+from attrfast import joined, reference, stage_runs, tiers
+from attrfast.buffers import Buffers
 from attrfast.shared_gradient import shared
 from attrfast.stages import find_stages, uses_of
 from attrfast.trace import trace
@@ -93,7 +95,9 @@ def test_the_forward_is_that_of_the_joined_map(
     parts, _, scale, shift = given.double()
     for lower, upper in ((0.0, INF), (0.0, 1.5), (-INF, INF)):
         with using(isa):
-            y = joined.forward(given.parts, given.scale, given.shift, lower, upper, buffers=Poisoned())
+            y = joined.forward(
+                joined.Parts(given.parts), given.scale, given.shift, lower, upper, buffers=Poisoned()
+            )
         assert y.shape == given.g.shape
         assert y.stride() == given.g.stride()
         want = reference.joined(parts, scale, shift, lower, upper)
@@ -119,7 +123,9 @@ def test_the_gradient_is_cut_into_those_of_the_parts(
                 into[i] = None
         rules = 0.0, upper, guided, attribute
         with using(isa):
-            s = joined.gradient(given.parts, given.g, given.scale, given.shift, *rules, into, adds)
+            s = joined.gradient(
+                joined.Parts(given.parts), given.g, given.scale, given.shift, *rules, into, adds
+            )
         wanted, sums = reference.joined_backward(parts, g, scale, shift, *rules)
         assert_close(s, sums, torch.zeros_like(sums))
         for memory, adding, want in zip(into, adds, wanted, strict=True):
@@ -138,7 +144,13 @@ def test_a_gradient_passes_where_nothing_was_clamped(last: bool, isa: str) -> No
         into = [torch.full_like(part, torch.nan) for part in given.parts]
         with using(isa):
             s = joined.gradient(
-                given.parts, given.g, given.scale, given.shift, *rules, into, [False, False]
+                joined.Parts(given.parts),
+                given.g,
+                given.scale,
+                given.shift,
+                *rules,
+                into,
+                [False, False],
             )
         want, sums = reference.joined_backward(given.parts, given.g, given.scale, given.shift, *rules)
         torch.testing.assert_close(torch.cat(into, 1), torch.cat(want, 1), equal_nan=True)
@@ -155,8 +167,10 @@ def test_the_bits_do_not_depend_on_threads(last: bool) -> None:
 
     def run(parts: list[Tensor], g: Tensor) -> tuple[Tensor, ...]:
         into = [torch.empty_like(part) for part in parts]
-        s = joined.gradient(parts, g, scale, shift, 0.0, INF, False, True, into, [False] * len(parts))
-        return joined.forward(parts, scale, shift), s, *into
+        s = joined.gradient(
+            joined.Parts(parts), g, scale, shift, 0.0, INF, False, True, into, [False] * len(parts)
+        )
+        return joined.forward(joined.Parts(parts), scale, shift), s, *into
 
     before, results = torch.get_num_threads(), []
     try:
@@ -307,12 +321,61 @@ def test_under_autocast_parts_are_read_in_its_dtype(
     assert (scores[0] - scores[1]).norm() <= 0.02 * scores[1].norm()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=["channels last", "contiguous"])
+def test_a_map_that_is_joined_a_sample_at_a_time_gives_the_same(
+    layout: torch.memory_format,
+    dtype: torch.dtype | None,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, data = in_format(layout)
+
+    def scores() -> Tensor:
+        return attrfast.attribute(net, data, "taylor", progress=False, amp_dtype=dtype).importance
+
+    def one_at_once(run: stage_runs.StageRun, size: int, samples: int) -> int:
+        return samples if run.buffers is None else 1
+
+    want = scores()
+    made = len(calls)
+    monkeypatch.setattr(stage_runs.StageRun, "samples_at_once", one_at_once)
+    got = scores()
+    # Of six samples each; maps that lie contiguous, as they stay under autocast, are joined whole.
+    assert (len(calls) > 4 * made) == (layout is LAST or dtype is None)
+    tolerance = 1e-5 if dtype is None else 0.02
+    assert (got - want).norm() <= tolerance * want.norm()
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "apoz"])
+def test_the_memory_of_a_pass_does_not_wait_for_the_garbage_collector(
+    criterion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, data = in_format(LAST)
+    made: list[weakref.ref[Any]] = []
+    monkeypatch.setattr(tiers, "Buffers", lambda: noted(Buffers(), made))
+    real = joined.forward
+    monkeypatch.setattr(joined, "forward", lambda *a, **k: noted(real(*a, **k), made))
+    gc.disable()
+    try:
+        attrfast.attribute(net, data, criterion, progress=False)
+        assert made
+        assert all(ref() is None for ref in made)
+    finally:
+        gc.enable()
+
+
+def noted(thing: Any, made: list[weakref.ref[Any]]) -> Any:
+    made.append(weakref.ref(thing))
+    return thing
+
+
 def test_a_part_that_is_written_to_later_is_not_kept(calls: list[str]) -> None:
     net, data = in_format(LAST, written=True)
     record = trace(net, (data[0][0],))
-    stages = [stage for stage in find_stages(record, uses_of(record)) if stage.has("cat")]
+    stages = [stage for stage in find_stages(record, uses_of(record), joins=True) if stage.has("cat")]
     plain = trace(in_format(LAST)[0], (data[0][0],))
-    everything = [stage for stage in find_stages(plain, uses_of(plain)) if stage.has("cat")]
+    everything = [stage for stage in find_stages(plain, uses_of(plain), joins=True) if stage.has("cat")]
     assert (len(stages), len(everything)) == (2, 8)
     assert_scores_of_float64(net, data, "taylor")
     same = attrfast.attribute(in_format(LAST)[0], data, "taylor", progress=False)
@@ -331,10 +394,9 @@ def test_what_is_made_of_joined_maps_is_not_kept(monkeypatch: pytest.MonkeyPatch
         made.append(weakref.ref(y))
         return y
 
-    def counting(*args: object) -> Tensor:
-        gc.collect()
+    def counting(*args: object, **kwargs: object) -> Tensor:
         alive.append(sum(ref() is not None for ref in made))
-        return gradient(*args)  # type: ignore[arg-type]
+        return gradient(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(joined, "forward", noted)
     monkeypatch.setattr(joined, "gradient", counting)

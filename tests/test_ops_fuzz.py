@@ -327,8 +327,7 @@ def numbers(draw: st.DrawFn) -> tuple[str, list[Any], set[int]]:
         # The last one, for scratch, is large.
         rooms = {before + count - 1 - turn for turn in range(1, written)}
         rooms |= set(range(before + count - 1, MOST_ROOMS))
-    places = st.lists(st.integers(0, len(args) - 1), max_size=3, unique=True)
-    for place in draw(places):
+    for place in draw(st.lists(st.integers(0, len(args) - 1), max_size=3, unique=True)):
         value = args[place]
         if isinstance(value, tuple) and value[0] == "room":
             # Never an address of other memory: whether that is there, nobody can tell.
@@ -345,6 +344,62 @@ def numbers(draw: st.DrawFn) -> tuple[str, list[Any], set[int]]:
     sizes = [value for value in args[: len(first)] if isinstance(value, int)]
     assume(name in CONVOLUTIONS or 0 not in sizes or max(sizes) < 2**31)
     return name, args, rooms
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> tuple[str, list[Any], set[int]]:
+    """The same of a launch over the parts of a joined map."""
+    channels = draw(st.lists(SMALL, max_size=4))
+    count, rooms = len(channels), [("room", turn) for turn in range(10)]
+    shape = [draw(st.integers(0, 3)), draw(st.integers(0, 1)), draw(SMALL), sum(channels), draw(SMALL)]
+    bounds = [draw(st.sampled_from([-math.inf, 0.0])), draw(st.sampled_from([6.0, math.inf]))]
+    lists: list[list[Any]] = [rooms[:count], list(channels)]
+    name = draw(st.sampled_from(["joined", "joined_backward"]))
+    if name == "joined":
+        args = [*shape, *lists, rooms[8], rooms[9], rooms[4], *bounds, draw(st.integers(1, 3))]
+        written = {4}
+    else:
+        into = [draw(st.sampled_from([room, 0])) for room in rooms[4 : 4 + count]]
+        lists += [into, draw(st.lists(st.booleans(), min_size=count, max_size=count))]
+        last = [*bounds, draw(st.booleans()), draw(st.integers(1, 3))]
+        args = [*shape, *lists[:2], ("room", 10), rooms[8], rooms[9], *lists[2:], ("room", 11), *last]
+        written = {4, 5, 6, 7, 11}
+    wrong_room = st.sampled_from([-1, 2**64, 1.5, "1", None, ("odd", 0), ("top", 0)])
+    for _ in range(draw(st.integers(0, 2))):
+        place = draw(st.integers(0, len(args) - 1))
+        value = args[place]
+        if isinstance(value, list) and value:
+            at = draw(st.integers(0, len(value) - 1))
+            told = isinstance(value[at], tuple)
+            exchanged = [draw(wrong_room) if told else draw(st.sampled_from(WRONG)) if i == at else x
+                         for i, x in enumerate(value)]  # fmt: skip
+            args[place] = draw(st.sampled_from([exchanged, value[1:], [*value, value[0]], None]))
+        elif isinstance(value, tuple):
+            args[place] = draw(wrong_room)
+        elif not isinstance(value, list):
+            args[place] = draw(st.sampled_from([*WRONG, math.nan]))
+    assume(not any(isinstance(x, int) and x >= 2**31 for x in args[2:5]) or 0 not in args[2:5])
+    return name, args, written
+
+
+@given(parts())
+@settings(max_examples=1500, deadline=None)
+def test_a_native_launch_over_parts_is_right_or_refuses(case: tuple[str, list[Any], set[int]]) -> None:
+    name, args, rooms = case
+    memory = Memory(14)
+    told = {"room": memory.room, "odd": lambda _: memory.start + 1, "top": lambda _: 2**64 - 1}
+
+    def real(x: Any) -> Any:
+        if isinstance(x, list):
+            return [real(item) for item in x]
+        return told[x[0]](x[1]) if isinstance(x, tuple) and isinstance(x[0], str) else x
+
+    try:
+        getattr(native, name)(*map(real, args))
+    except (ValueError, TypeError):
+        assert memory.changed() == []
+    else:
+        assert set(memory.changed()) <= rooms
 
 
 @given(numbers())
@@ -400,6 +455,17 @@ def test_a_native_launch_is_right_or_refuses(case: tuple[str, list[Any], set[int
          "a stride of the weight is -1"),
         ("pointwise", (1, 1, 1, 1, 64, 128, 1, 1, 0, 0, 0, 0, 128, 256, 0.0, 1.0, 1),
          "y overlaps weight"),
+        ("joined", (0, 0, 1, 3, 1, [64, 128], [1, 1], 192, 256, 320, 0.0, 1.0, 1),
+         "the parts have 2 channels, expected 3"),
+        ("joined", (0, 0, 1, 2, 1, [64, 128], [1, 2], 192, 256, 320, 0.0, 1.0, 1),
+         "channels of a part is 2, expected 0 to 1"),
+        ("joined", (0, 0, 1, 2, 1, [64], [1, 1], 192, 256, 320, 0.0, 1.0, 1),
+         "every part needs its number of channels"),
+        ("joined", (0, 0, 1, 2, 1, [64, 128], [1, 1], 192, 256, 128, 0.0, 1.0, 1), "y overlaps x"),
+        ("joined_backward", (0, 0, 1, 2, 1, [64, 128], [1, 1], 192, 256, 320, [384], [False, False], 0, 0.0,
+         1.0, False, 1), "every part needs an address for its gradient"),
+        ("joined_backward", (0, 0, 1, 2, 1, [64, 128], [1, 1], 192, 256, 320, [384, 128], [False, False], 0,
+         0.0, 1.0, False, 1), "gx overlaps x"),
     ],
 )  # fmt: skip
 def test_a_native_launch_names_what_is_wrong(name: str, args: tuple[Any, ...], said: str) -> None:

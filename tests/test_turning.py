@@ -183,7 +183,7 @@ def free(model: nn.Module, x: Tensor) -> list[str]:
     """Names of the calls that make what may turn."""
     record = trace(model, (x,))
     uses = uses_of(record)
-    stages = {index: stage for stage in find_stages(record, uses) for index in stage.roles}
+    stages = {index: stage for stage in find_stages(record, uses, joins=True) for index in stage.roles}
     found = turning.free_to_turn(record, uses, stages)
     return [uses.makers[v].name if v in uses.makers else "input" for v in sorted(found)]
 
