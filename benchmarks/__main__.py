@@ -140,17 +140,19 @@ def whole(
         *whole_benchmark.NETWORKS
     ],
     epochs: Annotated[int, typer.Option(min=0, help="Of training.")] = 2,
-    rounds: Rounds = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Of the training of each network.")] = 3,
+    rounds: Rounds = 1,
     patience: Patience = 60,
 ) -> None:
     """Fashion-MNIST scored by `stop="confident"`, and by hooks over all of it."""
     results = report.read("whole.json")
     for name in network:
-        results[name] = whole_benchmark.measure(
-            name, epochs=epochs, rounds=rounds, patience=patience, say=report.say
-        )
-        report.write("whole.json", results)
-        _publish()
+        for seed in range(seeds):
+            results[f"{name}, seed {seed}"] = whole_benchmark.measure(
+                name, seed, epochs=epochs, rounds=rounds, patience=patience, say=report.say
+            )
+            report.write("whole.json", results)
+            _publish()
     report.show([report.whole_sheet(results)])
 
 

@@ -1,6 +1,7 @@
 """A whole data set scored: `attribute(stop="confident")` beside a hook-based script that reads all of it.
 
-The networks are trained for a moment first, as how soon scores are settled depends on what was learnt.
+The networks are trained for a moment first, from several seeds, as how soon scores are settled depends on what was
+learnt.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ ORDERS = 3  # that the last is timed in, every round: how soon it stops depends 
 _BATCH = 64
 
 
-def fashion_mnist() -> data.Splits:
-    return data.fashion_mnist(val_size=100, batch_size=_BATCH, seed=0)
+def fashion_mnist(seed: int) -> data.Splits:
+    return data.fashion_mnist(val_size=100, batch_size=_BATCH, seed=seed)
 
 
 def measure(
     name: str,
+    seed: int,
     *,
     epochs: int,
     rounds: int,
@@ -41,6 +43,7 @@ def measure(
 
     Args:
         name: a network of `attrfast.models`.
+        seed: of its training, and of the order of the data.
         epochs: of training before.
         rounds: that count.
         patience: seconds to spend on waiting for a quiet machine.
@@ -49,10 +52,12 @@ def measure(
     """
     torch.set_num_threads(machine.THREADS)
     about = machine.facts()
-    torch.manual_seed(0)
-    splits = splits or fashion_mnist()
+    torch.manual_seed(seed)
+    splits = splits or fashion_mnist(seed)
     model = network(name, splits)()
-    say(f"{name}: {epochs} epochs of training, then {rounds} rounds over the whole training set")
+    say(
+        f"{name}, seed {seed}: {epochs} epochs of training, then {rounds} rounds over the whole training set"
+    )
     train(model, splits.train, epochs)
     model.eval()
     read: list[int] = []

@@ -179,12 +179,12 @@ def test_the_first_layers_of_a_chain_are_scored_as_with_all_of_them():
 
 
 def test_a_whole_data_set_is_scored_in_three_ways(results, monkeypatch):
-    monkeypatch.setattr(whole, "fashion_mnist", lambda: data.digits(batch_size=64))
-    _run("whole", "--network", "vgg_small", "--epochs", "0", "--rounds", "1", "--patience", "0")
-    found = report.read("whole.json")["vgg_small"]
+    monkeypatch.setattr(whole, "fashion_mnist", lambda seed: data.digits(batch_size=64))
+    _run("whole", "--network", "vgg_small", "--epochs", "0", "--seeds", "1", "--patience", "0")
+    found = report.read("whole.json")["vgg_small, seed 0"]
     assert 0 < found["read"][0] <= found["samples"]
     assert set(found["seconds"]) == {whole.HOOKS, whole.ALL, whole.CONFIDENT}
-    assert "| vgg_small | 0 |" in (results / "README.md").read_text()
+    assert "| vgg_small, seed 0 | 0 |" in (results / "README.md").read_text()
 
 
 def test_both_tiers_are_measured_on_the_same_scores(model, batches):
