@@ -1,7 +1,7 @@
 """A whole data set scored: `attribute(stop="confident")` beside a hook-based script that reads all of it.
 
-The networks are trained for a moment first, from several seeds, as how soon scores are settled depends on what was
-learnt.
+The networks are trained for a moment first, from several seeds, as how soon scores are settled depends on what
+was learnt.
 """
 
 from __future__ import annotations
