@@ -39,11 +39,12 @@ class StageRun:
         x: what the stage reads first.
         joins: what the stage joins, where it reads no x.
         gradients: of each of these, what all stages that join it share; None where none is needed.
-        head: a stage that joins, whose output this one alone reads: made a few samples at a time, and not kept.
+        head: a stage that joins, whose output this one alone reads: made a few samples at a time, not kept.
         z: the memory that it works on: the convolution's output, or x itself.
         own: makes the stage's output in one launch, given what `affine_relu` takes after z.
         turned: whether it works channels-last where the model would lay things contiguously.
-        measure: of the flow through its output (1), or through its own branch of the addition (2).
+        through, branch: where the flow through its output, and that through its own branch of the addition, is
+            added, with its sign; None where it is not measured.
     """
 
     def __init__(self, stage: Stage, guided: bool, fresh: bool) -> None:
