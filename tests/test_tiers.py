@@ -11,8 +11,7 @@ from small_networks import NETWORKS, DataDependent
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attrfast import depthwise, ops, pointwise, winograd
-from attrfast import fused as tier
+from attrfast import depthwise, ops, pointwise, stage_runs, winograd
 from attrfast.batches import main_output
 from attrfast.channels import Discovery, discover
 from attrfast.following import PlanMismatchError
@@ -184,9 +183,9 @@ def test_stages_may_run_part_by_part(
         model, args = lived_in(make()).double(), tuple(x.double() for x in inputs(5))
     else:
         model, args = family(name).double(), (images_for(name, 3).double(),)
-    monkeypatch.setattr(tier, "PART", part)
+    monkeypatch.setattr(stage_runs, "PART", part)
     used: list[int] = []
-    step = tier._Run.samples_at_once
+    step = stage_runs.StageRun.samples_at_once
 
     def noted(run: Any, size: int, samples: int) -> int:
         weight, run.weight = run.weight, run.weight[:0]  # a large one does not keep this test from parts
@@ -194,7 +193,7 @@ def test_stages_may_run_part_by_part(
         run.weight = weight
         return used[-1]
 
-    monkeypatch.setattr(tier._Run, "samples_at_once", noted)
+    monkeypatch.setattr(stage_runs.StageRun, "samples_at_once", noted)
     fast, called, _, _ = matrices(model, args, guided=guided)
     assert name in NETWORKS or min(used) < len(args[0])
     assert_same(fast, called)
