@@ -77,7 +77,7 @@ class Buffers:
         """float32 of any values, `count` of them or more, until the next call: the same memory every time."""
         if self._scratch.numel() < count:
             self._scratch = torch.empty(0)  # given back before more is taken
-            self._scratch = torch.frombuffer(_pages(_rounded(4 * count)), dtype=torch.float32)
+            self._scratch = _floats(count)
         return self._scratch
 
     def piece(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Buffers:
         count = -(-dtype.itemsize * torch.Size(shape).numel() // 4)
         if self._piece.numel() < count:
             self._piece = torch.empty(0)
-            self._piece = torch.frombuffer(_pages(_rounded(4 * count)), dtype=torch.float32)
+            self._piece = _floats(count)
         return self._piece.view(dtype).as_strided(tuple(shape), tuple(strides))
 
     def _block(self, count: int) -> _Block:
@@ -130,6 +130,11 @@ def _calm_allocator() -> None:
 def _rounded(count: int) -> int:
     """Bytes of the huge pages that hold so many."""
     return -(-count // _HUGE) * _HUGE
+
+
+def _floats(count: int) -> torch.Tensor:
+    """float32 of any values in huge pages, at least so many."""
+    return torch.frombuffer(_pages(_rounded(4 * count)), dtype=torch.float32)
 
 
 def _pages(size: int) -> mmap.mmap:

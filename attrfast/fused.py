@@ -19,7 +19,7 @@ from attrfast.buffers import Buffers
 from attrfast.convolution import Geometry, each, left_behind, library_pointwise, size_made
 from attrfast.following import Follower, PlanMismatchError
 from attrfast.graph import Plan
-from attrfast.layouts import channels_lie_together, empty_laid, is_dense
+from attrfast.layouts import channels_lie_together, empty_laid, is_dense, strides_laid
 from attrfast.map_statistics import Counted
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.reference import compute_dtype
@@ -90,7 +90,7 @@ class PlanMode(CallMode):
         self.turned: set[int] = set()  # values that lie channels-last where the model would not
         self.heads: dict[
             int, StageRun
-        ] = {}  # stages that join, by their values, for the convolution that comes
+        ] = {}  # what waits for the convolution that reads it, by its value
         self.shared: dict[int, tuple[Tensor, SharedGradient]] = {}  # values that stages join
 
     def meet(
@@ -307,12 +307,11 @@ class PlanMode(CallMode):
         in_parts = self.buffers is not None and x.dim() == spatial + 2 and index != run.stage.last
         if head is not None and not alone and not in_parts:
             x, head = self._launch(head), None
-        memory = torch.empty((), device="meta")
         if head is not None:
-            strides = empty_laid(memory, True, x.shape).stride()
+            strides = strides_laid(True, x.shape)
             head.own = None  # which knows of the head, in a circle that would outlive the batch
         else:
-            strides = x.stride() if is_dense(x) else memory.new_empty(x.shape).stride()
+            strides = x.stride() if is_dense(x) else strides_laid(False, x.shape)
         run.x_like, run.head = (x.shape, strides, x.dtype), head
         if head is not None or (in_parts and not alone):
             run.buffers = self.buffers

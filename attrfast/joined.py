@@ -11,7 +11,8 @@ import torch
 
 from attrfast._backend import backend_for
 from attrfast.buffers import Buffers, empty_channels_last
-from attrfast.layouts import aligned, channels_lie_together, empty_laid, laid
+from attrfast.layouts import aligned, channels_lie_together, empty_laid, laid, strides_laid
+from attrfast.pointers import DTYPES
 from attrfast.reference import INF, compute_dtype
 
 Tensor = torch.Tensor
@@ -27,7 +28,7 @@ def suits(parts: Sequence[Tensor]) -> bool:
     last = channels_lie_together(first)
     return (
         2 <= first.dim() <= 5
-        and first.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        and first.dtype in DTYPES
         and all(
             part.dtype == first.dtype
             and part.device == first.device
@@ -109,8 +110,7 @@ def forward(
     shape = (count if samples is None else min(samples, count), *parts.shape[1:])
     like = parts.tensors[0]
     if passing and buffers is not None:
-        laid_out = empty_laid(like.new_empty((), device="meta"), parts.last, shape)
-        y = buffers.piece(shape, laid_out.stride(), like.dtype)
+        y = buffers.piece(shape, strides_laid(parts.last, shape), like.dtype)
     else:
         y = _empty(like, shape, buffers)
     if y.numel():

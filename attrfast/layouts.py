@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+_META = torch.empty((), device="meta")
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -57,6 +58,11 @@ def empty_laid(
             shape, dtype=dtype, device=like.device, memory_format=_CHANNELS_LAST[len(shape)]
         )
     return torch.empty((shape[0], shape[2], shape[1]), dtype=dtype, device=like.device).transpose(1, 2)
+
+
+def strides_laid(channels_last: bool, shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of a dense tensor of that shape in one of the two layouts."""
+    return empty_laid(_META, channels_last, shape).stride()
 
 
 def common(x: torch.Tensor) -> tuple[torch.Tensor, bool]:

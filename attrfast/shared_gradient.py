@@ -28,9 +28,8 @@ class SharedGradient:
     """Memory that the first reader of a backward pass is given to fill, and that the others add to."""
 
     def __init__(self) -> None:
-        self._gradient: Tensor | None = (
-            None  # no tensor that knows of this one: nobody would break the circle
-        )
+        # Never a tensor that knows of this one: nobody would break the circle.
+        self._gradient: Tensor | None = None
 
     def memory(self, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
         """The memory, and whether it holds a gradient already, to which this reader's is added.

@@ -17,15 +17,13 @@ from attrfast import depthwise, joined, ops, pointwise, winograd
 from attrfast.buffers import Buffers, empty_channels_last
 from attrfast.convolution import Geometry, input_gradient
 from attrfast.following import PlanMismatchError
-from attrfast.layouts import channels_lie_together, empty_laid, is_dense, laid
+from attrfast.layouts import channels_lie_together, is_dense, laid, strides_laid
 from attrfast.map_statistics import Counted
 from attrfast.matrix import Columns, ScoreMatrix
 from attrfast.shared_gradient import SharedGradient
 from attrfast.stages import INF, Stage
 
 Tensor = torch.Tensor
-
-_META = torch.empty((), device="meta")
 
 # On a CPU, large tensors of a stage are made so many bytes at a time: what a convolution writes is still in
 # the cache when the kernel after it reads it.
@@ -106,9 +104,8 @@ class StageRun:
         """Memory for all samples, laid out like one part."""
         assert self.buffers is not None
         shape = samples, *part.shape[1:]
-        last = channels_lie_together(part)
-        like = empty_laid(_META, last, shape)
-        return self.buffers.empty(shape, like.stride(), part.dtype)
+        strides = strides_laid(channels_lie_together(part), shape)
+        return self.buffers.empty(shape, strides, part.dtype)
 
     def folds(self, g: Tensor) -> bool:
         """Whether the weight takes the batch norm's scale on the way back.
@@ -239,7 +236,7 @@ def _passing(run: StageRun, samples: int) -> Tensor:
     assert run.x_like is not None
     shape, _, dtype = run.x_like
     shape = torch.Size((samples, *shape[1:]))
-    return run.buffers.piece(shape, empty_laid(_META, True, shape).stride(), dtype)
+    return run.buffers.piece(shape, strides_laid(True, shape), dtype)
 
 
 def _gradients(

@@ -131,7 +131,7 @@ def find_stages(record: Trace, uses: Uses, *, joins: bool) -> list[Stage]:
     """
     taken: set[int] = set()
     stages = []
-    changed = _last_changes(record)
+    changed = _last_changes(record) if joins else {}
     for call in record.calls:
         if call.index in taken or len(call.outputs) != 1:
             continue
