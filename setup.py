@@ -30,6 +30,7 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]  # GCC 10 and newer know it
 # Later flags win, so this is -O1. The first finding ends the process.
 SANITIZE_FLAGS = [
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
@@ -78,6 +79,13 @@ def gpu_flags() -> list[str]:
         raise RuntimeError(f"nvcc compiles for none of the GPU generations {', '.join(GPUS)}")
     flags = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in known]
     return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+
+
+def flags_for(isa: str, compiler: str) -> list[str]:
+    """What compiles the kernels of an instruction set; nothing where the compiler does not know it."""
+    flags = ISA_FLAGS.get(isa, []) if X86 else []
+    tried = [*compiler.split(), *flags, "-E", "-x", "c++", os.devnull]
+    return flags if subprocess.run(tried, capture_output=True).returncode == 0 else []
 
 
 def escaped(path: object) -> str:
@@ -144,7 +152,7 @@ class BuildNative(build_ext):
         ]
         objects = []
         for source in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]:
-            flags = [*FLAGS, *(ISA_FLAGS.get(source.stem, []) if X86 else [])]
+            flags = [*FLAGS, *flags_for(source.stem, compiler)]
             flags += SANITIZE_FLAGS if sanitized() else []
             if source.stem == "bindings":
                 flags += [*includes, f"'-DATTRFAST_COMPILER=\"{quoted}\"'"]

@@ -101,13 +101,15 @@ class Buffers:
         return self._blocks[-1]
 
 
-def empty_channels_last(buffers: Buffers | None, shape: Sequence[int]) -> torch.Tensor:
-    """(N, C, H, W) float32 of any values, channels-last: of buffers, if they are given, where it is large."""
+def empty_channels_last(
+    buffers: Buffers | None, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """(N, C, H, W) of any values, channels-last: of buffers, if they are given, where it is large."""
     _, channels, rows, columns = shape
     strides = rows * columns * channels, 1, columns * channels, channels
-    if buffers is not None and 4 * torch.Size(shape).numel() > _WORTH:
-        return buffers.empty(shape, strides, torch.float32)
-    return torch.empty_strided(tuple(shape), strides, dtype=torch.float32)
+    if buffers is not None and dtype.itemsize * torch.Size(shape).numel() > _WORTH:
+        return buffers.empty(shape, strides, dtype)
+    return torch.empty_strided(tuple(shape), strides, dtype=dtype)
 
 
 def scratch_for(buffers: Buffers | None, floats: int) -> torch.Tensor:

@@ -36,23 +36,37 @@ def size_made(
     return [(n + 2 * p - k) // s + 1 for n, k, p, s in dimensions]
 
 
-def may_be_ours(x: torch.Tensor, weight: torch.Tensor, transposed: bool, groups: int = 1) -> bool:
-    """Whether these are tensors that kernels of our own convolve: float32, channels-last, without autocast.
+def may_be_ours(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    transposed: bool,
+    dtypes: Sequence[torch.dtype],
+    groups: int = 1,
+) -> bool:
+    """Whether these are tensors that kernels of our own convolve: channels-last, in a dtype that stays.
 
     Args:
         transposed: x is a gradient for the convolution's output.
+        dtypes: what the kernel takes.
         groups: of the convolution.
     """
     return (
         x.dim() == 4
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == weight.dtype
+        and x.dtype in dtypes
         and x.device == weight.device
         and (len(weight) if transposed else groups * weight.shape[1]) == x.shape[1]
         and aligned(x)
         and aligned(weight)
         and channels_lie_together(x)
-        and not torch.is_autocast_enabled(x.device.type)
+        and _convolved_in(x) == x.dtype
     )
+
+
+def _convolved_in(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which PyTorch would convolve x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 _MANY = 16  # samples from which PyTorch takes oneDNN in any case

@@ -13,9 +13,11 @@ from attrfast._backend import backend_for
 from attrfast.buffers import Buffers, empty_channels_last, scratch_for
 from attrfast.convolution import Geometry, may_be_ours, size_made
 from attrfast.layouts import laid
-from attrfast.reference import INF
+from attrfast.reference import INF, compute_dtype
 
 Tensor = torch.Tensor
+
+DTYPES = torch.float32, torch.bfloat16
 
 ENABLED = True  # benchmarks and tests turn it off to compare
 
@@ -31,7 +33,7 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = F
         and weight.shape[1] == 1
         and weight.shape[2] == weight.shape[3]
         and weight.shape[2] in (3, 5, 7)
-        and may_be_ours(x, weight, transposed, groups)
+        and may_be_ours(x, weight, transposed, DTYPES, groups)
         and stride in ([1, 1], [2, 2])
         and dilation == [1, 1]
         and max(padding) < weight.shape[2]
@@ -82,7 +84,7 @@ def convolve(
         size = size_made(x.shape[2:], weight.shape[2:], padding, [stride, stride])
     assert size is not None
     if out is None:
-        out = empty_channels_last(buffers, (*x.shape[:2], *size))
+        out = empty_channels_last(buffers, (*x.shape[:2], *size), x.dtype)
     backend = backend_for(x.device)
     shape = (tuple(size), kernel, stride, tuple(padding))
     scratch = scratch_for(buffers, backend.depthwise_floats(x, *shape, transposed))
@@ -119,8 +121,9 @@ def gradient(
     Returns:
         gx, channels-last; s: (N, C), zeros unless `attribute`.
     """
-    gx = empty_channels_last(buffers, (*g.shape[:2], *size)) if out is None else out
-    s = g.new_empty(g.shape[:2]) if attribute else g.new_zeros(g.shape[:2])
+    gx = empty_channels_last(buffers, (*g.shape[:2], *size), g.dtype) if out is None else out
+    make = torch.empty if attribute else torch.zeros
+    s = make(g.shape[:2], dtype=compute_dtype(g.dtype), device=g.device)
     backend = backend_for(g.device)
     shape = (tuple(size), weight.shape[2], stride, tuple(padding))
     scratch = scratch_for(buffers, backend.depthwise_floats(g, *shape, True))

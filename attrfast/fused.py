@@ -301,7 +301,8 @@ class PlanMode(CallMode):
         run.weight, run.geometry, run.memory = weight, geometry, self.buffers
         own = None
         sample = x if head is None else empty_laid(x, True, (1, *x.shape[1:]))
-        if not isinstance(padding, str) and (bias is None or bias.dtype == x.dtype):
+        wide = compute_dtype(x.dtype)
+        if not isinstance(padding, str) and (bias is None or bias.dtype in (x.dtype, wide)):
             own = own_kernel(sample, weight, geometry)
         alone = own is not None and not run.stage.has("pool")
         in_parts = self.buffers is not None and x.dim() == spatial + 2 and index != run.stage.last
@@ -321,7 +322,8 @@ class PlanMode(CallMode):
             assert own is not None
             made = size_made(x.shape[2:], weight.shape[2:], geometry.padding, geometry.stride)
             shape = torch.Size((len(x), weight.shape[0], *made))
-            given = shape, weight, bias, geometry.padding, self.buffers
+            shifted = None if bias is None else bias.to(wide)
+            given = shape, weight, shifted, geometry.padding, self.buffers
             run.own = whole_convolution(own, self._pieces(x, head, run, len(x)), *given)
             run.z = x.new_empty_strided(shape, (0,) * len(shape))
             return
@@ -329,7 +331,8 @@ class PlanMode(CallMode):
         def convolve(part: Tensor) -> Tensor:
             with torch.no_grad():
                 if own is not None:
-                    return own(part, weight, geometry.padding, shift=bias, buffers=self.buffers)
+                    shift = None if bias is None else bias.to(wide)
+                    return own(part, weight, geometry.padding, shift=shift, buffers=self.buffers)
                 if left_behind(part, weight, geometry):
                     return library_pointwise(part, weight, bias)
                 z: Tensor = func(part, weight, bias, stride, padding, dilation, groups)

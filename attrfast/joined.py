@@ -163,6 +163,6 @@ def empty_like(part: Tensor, buffers: Buffers | None) -> Tensor:
 
 def _empty(like: Tensor, shape: Sequence[int], buffers: Buffers | None) -> Tensor:
     last = channels_lie_together(like)
-    if last and like.dtype == torch.float32 and len(shape) == 4:
-        return empty_channels_last(buffers, shape)
+    if last and len(shape) == 4:
+        return empty_channels_last(buffers, shape, like.dtype)
     return empty_laid(like, last, shape)

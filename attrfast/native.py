@@ -167,10 +167,10 @@ class CpuBackend(LaunchingBackend):
             torch.get_num_threads(),
         )
 
-    def pointwise_floats(self, x: Tensor, channels: int) -> int:
-        """Floats of scratch that `pointwise` needs."""
-        shape = len(x), x.shape[2:].numel(), x.shape[1], channels
-        return _native.pointwise_floats(*shape, torch.get_num_threads())
+    def pointwise_floats(self, x: Tensor, channels: int, backward: bool) -> int:
+        """Floats of scratch that `pointwise` needs, or `pointwise_backward`."""
+        shape = DTYPES[x.dtype], len(x), x.shape[2:].numel(), x.shape[1], channels
+        return _native.pointwise_floats(*shape, backward, torch.get_num_threads())
 
     def pointwise(
         self,
@@ -189,6 +189,7 @@ class CpuBackend(LaunchingBackend):
         """See `attrfast.pointwise.convolve`; fills y, which lies channels-last as all others do."""
         reads, makes = (0, 1) if transposed else (1, 0)
         _native.pointwise(
+            DTYPES[x.dtype],
             len(x),
             x.shape[2:].numel(),
             weight.shape[reads],
@@ -202,11 +203,6 @@ class CpuBackend(LaunchingBackend):
             upper,
             torch.get_num_threads(),
         )
-
-    def pointwise_backward_floats(self, g: Tensor, channels: int) -> int:
-        """Floats of scratch that `pointwise_backward` needs."""
-        shape = len(g), g.shape[2:].numel(), g.shape[1], channels
-        return _native.pointwise_backward_floats(*shape, torch.get_num_threads())
 
     def pointwise_backward(
         self,
@@ -226,6 +222,7 @@ class CpuBackend(LaunchingBackend):
     ) -> None:
         """See `attrfast.pointwise.gradient`; fills gx, g1 where it is given, and s unless `attribute` is 0."""
         _native.pointwise_backward(
+            DTYPES[g.dtype],
             len(g),
             g.shape[2:].numel(),
             *weight.shape[:2],
@@ -273,6 +270,7 @@ class CpuBackend(LaunchingBackend):
     ) -> None:
         """See `attrfast.depthwise.convolve`; fills y, which lies channels-last as all others do."""
         _native.depthwise(
+            DTYPES[x.dtype],
             *x.shape[:2],
             tuple(x.shape[2:]),
             size,
@@ -308,6 +306,7 @@ class CpuBackend(LaunchingBackend):
     ) -> None:
         """See `attrfast.depthwise.gradient`; fills gx, and s where it is given."""
         _native.depthwise_backward(
+            DTYPES[g.dtype],
             *g.shape[:2],
             tuple(g.shape[2:]),
             size,

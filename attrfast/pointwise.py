@@ -11,9 +11,11 @@ from attrfast._backend import backend_for
 from attrfast.buffers import Buffers, empty_channels_last, scratch_for
 from attrfast.convolution import Geometry, may_be_ours
 from attrfast.layouts import laid
-from attrfast.reference import INF
+from attrfast.reference import INF, compute_dtype
 
 Tensor = torch.Tensor
+
+DTYPES = torch.float32, torch.bfloat16
 
 ENABLED = True  # benchmarks and tests turn it off to compare
 
@@ -23,7 +25,7 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = F
     return (
         ENABLED
         and weight.shape[2:] == (1, 1)
-        and may_be_ours(x, weight, transposed)
+        and may_be_ours(x, weight, transposed, DTYPES)
         and geometry.stride == [1, 1]
         and geometry.padding == [0, 0]
         and geometry.groups == 1
@@ -73,9 +75,9 @@ def convolve(
     assert not any(padding)
     channels = weight.shape[1 if transposed else 0]
     if out is None:
-        out = empty_channels_last(buffers, (len(x), channels, *x.shape[2:]))
+        out = empty_channels_last(buffers, (len(x), channels, *x.shape[2:]), x.dtype)
     backend = backend_for(x.device)
-    floats = backend.pointwise_floats(x, channels)
+    floats = backend.pointwise_floats(x, channels, False)
     scratch = scratch_for(buffers, floats)
     vectors = (None if v is None else laid(v, False) for v in (factor, scale, shift))
     other = None if residual is None else laid(residual, True)
@@ -111,10 +113,11 @@ def gradient(
     """
     gx = out
     if gx is None:
-        gx = empty_channels_last(buffers, (len(g), weight.shape[1], *g.shape[2:]))
-    s = g.new_empty(g.shape[:2]) if attribute else g.new_zeros(g.shape[:2])
+        gx = empty_channels_last(buffers, (len(g), weight.shape[1], *g.shape[2:]), g.dtype)
+    make = torch.empty if attribute else torch.zeros
+    s = make(g.shape[:2], dtype=compute_dtype(g.dtype), device=g.device)
     backend = backend_for(g.device)
-    floats = backend.pointwise_backward_floats(g, weight.shape[1])
+    floats = backend.pointwise_floats(g, weight.shape[1], True)
     scratch = scratch_for(buffers, floats)
     scale = None if scale is None else laid(scale, False)
     other = laid(residual, True) if residual is not None and attribute == 2 else None

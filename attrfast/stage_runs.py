@@ -318,7 +318,7 @@ def _in_one_launch(
     g1 = None
     if to_residual:
         fresh = grad is not g or _may_overwrite(run, g)
-        g1 = grad if fresh else empty_channels_last(run.memory, g.shape)
+        g1 = grad if fresh else empty_channels_last(run.memory, g.shape, g.dtype)
     rules = run.lower, run.upper, run.guided, 2 if run.branch is not None else int(attribute)
     gx, s = pointwise.gradient(
         a, grad, run.weight, residual, run.scale, *rules, g1=g1, out=out, buffers=run.memory
@@ -470,6 +470,7 @@ def whole_convolution(
     Args:
         pieces: gives the input, so many samples at a time.
         shape: of the output.
+        bias: in the compute dtype.
     """
 
     def make(
@@ -478,7 +479,7 @@ def whole_convolution(
         if bias is not None:
             first = bias if scale is None else bias * scale
             shift = first if shift is None else first + shift
-        out = empty_channels_last(buffers, shape)
+        out = empty_channels_last(buffers, shape, weight.dtype)
         start = 0
         for x in pieces():
             here = slice(start, start + len(x))

@@ -24,7 +24,7 @@ def suits(x: Tensor, weight: Tensor, geometry: Geometry, *, transposed: bool = F
     return (
         ENABLED
         and weight.shape[2:] == (3, 3)
-        and may_be_ours(x, weight, transposed)
+        and may_be_ours(x, weight, transposed, (torch.float32,))
         and stride == dilation == [1, 1]
         and groups == 1
         and max(padding) <= 2

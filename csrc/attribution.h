@@ -107,38 +107,43 @@ struct Winograd {
 };
 
 // y = clamp(x * weight * scale + shift + residual, lower, upper): a 1x1 convolution with stride 1 of n samples of
-// `positions`, channels-last, in float. Null means 1, 0 and 0; y may be residual.
+// `positions`, channels-last, of floats or bfloat16. Null means 1, 0 and 0; y may be residual.
 // Weight element (o, i) lies at o * weight_out + i * weight_in, and is multiplied by factor[i], if there is one.
 // scratch holds pointwise_floats() floats.
 struct Pointwise {
-  const float *x, *weight, *factor, *scale, *shift, *residual;
-  float *y, *scratch;
+  const void *x, *weight, *residual;
+  const float *factor, *scale, *shift;
+  void* y;
+  float* scratch;
   int64_t n, positions, channels_in, channels_out;
   int64_t weight_out, weight_in;
   float lower, upper;
 };
 
 // g1 and s as of AffineReluBackward, with g = product.x; product.y is the convolution of g1. g1 may be null or g,
-// and product has neither scale, shift and residual nor bounds of its own. scratch holds
-// pointwise_backward_floats() floats.
+// and product has neither scale, shift and residual nor bounds of its own. scratch holds pointwise_floats() floats,
+// of the backward.
 struct PointwiseBackward {
   Pointwise product;
-  const float *a, *residual;
-  float *g1, *s;
+  const void *a, *residual;
+  void* g1;
+  float* s;
   double lower, upper;
   bool guided;
   Attribute attribute;
 };
 
 // y = clamp(conv(x, weight) * scale + shift + residual, lower, upper), depthwise: channel c of x and a kernel x
-// kernel window of its own, kernel 3, 5 or 7, stride 1 or 2, channels-last, in float. Null means 1, 0 and 0; y may be
-// residual. With transposed, x is a gradient for such a convolution's output and y one for its input.
+// kernel window of its own, kernel 3, 5 or 7, stride 1 or 2, channels-last, of floats or bfloat16. Null means 1, 0 and
+// 0; y may be residual. With transposed, x is a gradient for such a convolution's output and y one for its input.
 // input and output are rows and columns of x and y; padding is the convolution's and less than kernel. Weight
 // element (c, row, column) lies at c * weight_channel + row * weight_row + column * weight_column, and is multiplied
 // by factor[c], if there is one. scratch holds depthwise_floats() floats.
 struct Depthwise {
-  const float *x, *weight, *factor, *scale, *shift, *residual;
-  float *y, *scratch;
+  const void *x, *weight, *residual;
+  const float *factor, *scale, *shift;
+  void* y;
+  float* scratch;
   int64_t n, channels;
   int64_t input[2], output[2], padding[2];
   int64_t kernel, stride;
@@ -151,7 +156,7 @@ struct Depthwise {
 // s is not wanted. product is transposed and has neither scale, shift and residual nor bounds of its own.
 struct DepthwiseBackward {
   Depthwise product;
-  const float* a;
+  const void* a;
   float* s;
   double lower, upper;
   bool guided;
@@ -192,20 +197,21 @@ struct Kernels {
   void (*segment_normalize)(Dtype, const SegmentNormalize&, int threads);
   void (*winograd)(const Winograd&, int threads);
   int64_t (*winograd_floats)(const Winograd&, int threads);
-  void (*pointwise)(const Pointwise&, int threads);
-  int64_t (*pointwise_floats)(const Pointwise&, int threads);
-  void (*pointwise_backward)(const PointwiseBackward&, int threads);
-  int64_t (*pointwise_backward_floats)(const PointwiseBackward&, int threads);
-  void (*depthwise)(const Depthwise&, int threads);
+  // Convolutions are of kFloat or kBFloat16.
+  void (*pointwise)(Dtype, const Pointwise&, int threads);
+  int64_t (*pointwise_floats)(Dtype, const Pointwise&, bool backward, int threads);
+  void (*pointwise_backward)(Dtype, const PointwiseBackward&, int threads);
+  void (*depthwise)(Dtype, const Depthwise&, int threads);
   int64_t (*depthwise_floats)(const Depthwise&, int threads);
-  void (*depthwise_backward)(const DepthwiseBackward&, int threads);
+  void (*depthwise_backward)(Dtype, const DepthwiseBackward&, int threads);
   // Here the shape's c is that of the joined map.
   void (*joined)(Dtype, const Shape&, const Joined&, void* y, int threads);
   void (*joined_backward)(Dtype, const Shape&, const JoinedBackward&, int threads);
 };
 
 const Kernels* baseline_kernels();
-const Kernels* avx2_kernels();    // null where the compiler's target is not x86-64
-const Kernels* avx512_kernels();  // likewise
+const Kernels* avx2_kernels();         // null where the compiler's target is not x86-64
+const Kernels* avx512_kernels();       // likewise
+const Kernels* avx512_bf16_kernels();  // null where the compiler does not know it, too
 
 }  // namespace attrfast

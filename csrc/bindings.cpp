@@ -2,6 +2,9 @@
 // checks shapes and strides before it comes here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -19,14 +22,24 @@ using namespace attrfast;
 
 namespace {
 
+#if defined(__x86_64__)
+// Asked of the processor: older compilers do not know this of it.
+bool multiplies_bfloat16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
+
 // Instruction sets that this processor runs, the best first.
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (avx512_kernels() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (avx512_bf16_kernels() && multiplies_bfloat16()) found.push_back(avx512_bf16_kernels());
     found.push_back(avx512_kernels());
+  }
   if (avx2_kernels() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     found.push_back(avx2_kernels());
 #endif
@@ -162,60 +175,51 @@ Pointwise pointwise_of(int64_t n, int64_t positions, int64_t channels_in, int64_
   return op;
 }
 
-int64_t pointwise_floats(int64_t n, int64_t positions, int64_t channels_in, int64_t channels_out,
-                         int threads) {
+int64_t pointwise_floats(int dtype, int64_t n, int64_t positions, int64_t channels_in,
+                         int64_t channels_out, bool backward, int threads) {
+  const Dtype type = static_cast<Dtype>(dtype);
   const Pointwise op = pointwise_of(n, positions, channels_in, channels_out);
   threads = usable("pointwise", threads);
-  return to_do(op) ? chosen->pointwise_floats(op, threads) : 0;
+  return to_do(type, op) ? chosen->pointwise_floats(type, op, backward, threads) : 0;
 }
 
-void pointwise(int64_t n, int64_t positions, int64_t channels_in, int64_t channels_out, Address x,
-               Address weight, int64_t weight_out, int64_t weight_in, Address factor, Address scale,
-               Address shift, Address residual, Address y, Address scratch, double lower, double upper,
-               int threads) {
+void pointwise(int dtype, int64_t n, int64_t positions, int64_t channels_in, int64_t channels_out,
+               Address x, Address weight, int64_t weight_out, int64_t weight_in, Address factor,
+               Address scale, Address shift, Address residual, Address y, Address scratch, double lower,
+               double upper, int threads) {
+  const Dtype type = static_cast<Dtype>(dtype);
   Pointwise op = pointwise_of(n, positions, channels_in, channels_out);
-  op.x = static_cast<const float*>(in(x)), op.weight = static_cast<const float*>(in(weight));
+  op.x = in(x), op.weight = in(weight), op.residual = in(residual), op.y = out(y);
   op.weight_out = weight_out, op.weight_in = weight_in;
   op.factor = static_cast<const float*>(in(factor)), op.scale = static_cast<const float*>(in(scale));
-  op.shift = static_cast<const float*>(in(shift));
-  op.residual = static_cast<const float*>(in(residual));
-  op.y = static_cast<float*>(out(y)), op.scratch = static_cast<float*>(out(scratch));
+  op.shift = static_cast<const float*>(in(shift)), op.scratch = static_cast<float*>(out(scratch));
   threads = usable("pointwise", threads);
-  if (!to_do(op)) return;
-  check_memory(op, lower, upper, chosen->pointwise_floats(op, threads));
+  if (!to_do(type, op)) return;
+  check_memory(type, op, lower, upper, chosen->pointwise_floats(type, op, false, threads));
   op.lower = static_cast<float>(lower), op.upper = static_cast<float>(upper);
-  chosen->pointwise(op, threads);
+  chosen->pointwise(type, op, threads);
 }
 
-int64_t pointwise_backward_floats(int64_t n, int64_t positions, int64_t channels_in,
-                                  int64_t channels_out, int threads) {
+void pointwise_backward(int dtype, int64_t n, int64_t positions, int64_t channels_in,
+                        int64_t channels_out, Address a, Address g, Address residual, Address weight,
+                        int64_t weight_out, int64_t weight_in, Address scale, Address g1, Address gx,
+                        Address s, Address scratch, double lower, double upper, bool guided,
+                        int attribute, int threads) {
+  const Dtype type = static_cast<Dtype>(dtype);
   PointwiseBackward op = {};
   op.product = pointwise_of(n, positions, channels_in, channels_out);
-  threads = usable("pointwise_backward", threads);
-  return to_do(op.product) ? chosen->pointwise_backward_floats(op, threads) : 0;
-}
-
-void pointwise_backward(int64_t n, int64_t positions, int64_t channels_in, int64_t channels_out,
-                        Address a, Address g, Address residual, Address weight, int64_t weight_out,
-                        int64_t weight_in, Address scale, Address g1, Address gx, Address s,
-                        Address scratch, double lower, double upper, bool guided, int attribute,
-                        int threads) {
-  PointwiseBackward op = {};
-  op.product = pointwise_of(n, positions, channels_in, channels_out);
-  op.product.x = static_cast<const float*>(in(g));
-  op.product.weight = static_cast<const float*>(in(weight));
+  op.product.x = in(g), op.product.weight = in(weight), op.product.y = out(gx);
   op.product.weight_out = weight_out, op.product.weight_in = weight_in;
   op.product.factor = static_cast<const float*>(in(scale));
-  op.product.y = static_cast<float*>(out(gx)), op.product.scratch = static_cast<float*>(out(scratch));
+  op.product.scratch = static_cast<float*>(out(scratch));
   op.product.lower = -std::numeric_limits<float>::infinity(), op.product.upper = -op.product.lower;
-  op.a = static_cast<const float*>(in(a)), op.residual = static_cast<const float*>(in(residual));
-  op.g1 = static_cast<float*>(out(g1)), op.s = static_cast<float*>(out(s));
+  op.a = in(a), op.residual = in(residual), op.g1 = out(g1), op.s = static_cast<float*>(out(s));
   op.lower = lower, op.upper = upper, op.guided = guided;
   op.attribute = static_cast<Attribute>(attribute);
   threads = usable("pointwise_backward", threads);
-  if (!to_do(op.product)) return;
-  check_memory(op, chosen->pointwise_backward_floats(op, threads));
-  chosen->pointwise_backward(op, threads);
+  if (!to_do(type, op.product)) return;
+  check_memory(type, op, chosen->pointwise_floats(type, op.product, true, threads));
+  chosen->pointwise_backward(type, op, threads);
 }
 
 Depthwise depthwise_of(int64_t n, int64_t channels, Two input, Two output, int64_t kernel,
@@ -235,44 +239,44 @@ int64_t depthwise_floats(int64_t n, int64_t channels, Two input, Two output, int
   return to_do(op) ? chosen->depthwise_floats(op, threads) : 0;
 }
 
-void depthwise(int64_t n, int64_t channels, Two input, Two output, int64_t kernel, int64_t stride,
-               Two padding, bool transposed, Address x, Address weight, int64_t weight_channel,
-               int64_t weight_row, int64_t weight_column, Address factor, Address scale, Address shift,
-               Address residual, Address y, Address scratch, double lower, double upper, int threads) {
+void depthwise(int dtype, int64_t n, int64_t channels, Two input, Two output, int64_t kernel,
+               int64_t stride, Two padding, bool transposed, Address x, Address weight,
+               int64_t weight_channel, int64_t weight_row, int64_t weight_column, Address factor,
+               Address scale, Address shift, Address residual, Address y, Address scratch, double lower,
+               double upper, int threads) {
+  const Dtype type = static_cast<Dtype>(dtype);
   Depthwise op = depthwise_of(n, channels, input, output, kernel, stride, padding, transposed);
-  op.x = static_cast<const float*>(in(x)), op.weight = static_cast<const float*>(in(weight));
+  op.x = in(x), op.weight = in(weight), op.residual = in(residual), op.y = out(y);
   op.weight_channel = weight_channel, op.weight_row = weight_row, op.weight_column = weight_column;
   op.factor = static_cast<const float*>(in(factor)), op.scale = static_cast<const float*>(in(scale));
-  op.shift = static_cast<const float*>(in(shift));
-  op.residual = static_cast<const float*>(in(residual));
-  op.y = static_cast<float*>(out(y)), op.scratch = static_cast<float*>(out(scratch));
+  op.shift = static_cast<const float*>(in(shift)), op.scratch = static_cast<float*>(out(scratch));
   threads = usable("depthwise", threads);
   if (!to_do(op)) return;
-  check_memory(op, lower, upper, chosen->depthwise_floats(op, threads));
+  check_memory(type, op, lower, upper, chosen->depthwise_floats(op, threads));
   op.lower = static_cast<float>(lower), op.upper = static_cast<float>(upper);
-  chosen->depthwise(op, threads);
+  chosen->depthwise(type, op, threads);
 }
 
-void depthwise_backward(int64_t n, int64_t channels, Two input, Two output, int64_t kernel,
+void depthwise_backward(int dtype, int64_t n, int64_t channels, Two input, Two output, int64_t kernel,
                         int64_t stride, Two padding, Address a, Address g, Address weight,
                         int64_t weight_channel, int64_t weight_row, int64_t weight_column, Address scale,
                         Address gx, Address s, Address scratch, double lower, double upper, bool guided,
                         int threads) {
+  const Dtype type = static_cast<Dtype>(dtype);
   DepthwiseBackward op = {};
   op.product = depthwise_of(n, channels, input, output, kernel, stride, padding, true);
-  op.product.x = static_cast<const float*>(in(g));
-  op.product.weight = static_cast<const float*>(in(weight));
+  op.product.x = in(g), op.product.weight = in(weight), op.product.y = out(gx);
   op.product.weight_channel = weight_channel;
   op.product.weight_row = weight_row, op.product.weight_column = weight_column;
   op.product.factor = static_cast<const float*>(in(scale));
-  op.product.y = static_cast<float*>(out(gx)), op.product.scratch = static_cast<float*>(out(scratch));
+  op.product.scratch = static_cast<float*>(out(scratch));
   op.product.lower = -std::numeric_limits<float>::infinity(), op.product.upper = -op.product.lower;
-  op.a = static_cast<const float*>(in(a)), op.s = static_cast<float*>(out(s));
+  op.a = in(a), op.s = static_cast<float*>(out(s));
   op.lower = lower, op.upper = upper, op.guided = guided;
   threads = usable("depthwise_backward", threads);
   if (!to_do(op.product)) return;
-  check_memory(op, chosen->depthwise_floats(op.product, threads));
-  chosen->depthwise_backward(op, threads);
+  check_memory(type, op, chosen->depthwise_floats(op.product, threads));
+  chosen->depthwise_backward(type, op, threads);
 }
 
 // The parts of a joined map, and what a launch takes for them.
@@ -375,25 +379,21 @@ PYBIND11_MODULE(_native, m) {
       "winograd_floats", &winograd_floats,
       "(n, input, channels_in, channels_out, padding, threads): floats of scratch that winograd needs.");
   launch("pointwise", &pointwise,
-         "(n, positions, channels_in, channels_out, x, weight, weight_out, weight_in, factor, scale, "
-         "shift, residual, y, scratch, lower, upper, threads)");
+         "(dtype, n, positions, channels_in, channels_out, x, weight, weight_out, weight_in, factor, "
+         "scale, shift, residual, y, scratch, lower, upper, threads)");
+  launch("pointwise_backward", &pointwise_backward,
+         "(dtype, n, positions, channels_in, channels_out, a, g, residual, weight, weight_out, "
+         "weight_in, scale, g1, gx, s, scratch, lower, upper, guided, attribute, threads)");
   m.def("pointwise_floats", &pointwise_floats,
-        "(n, positions, channels_in, channels_out, threads): floats of scratch that pointwise needs.");
-  launch(
-      "pointwise_backward", &pointwise_backward,
-      "(n, positions, channels_in, channels_out, a, g, residual, weight, weight_out, weight_in, scale, "
-      "g1, gx, s, scratch, lower, upper, guided, attribute, threads)");
-  m.def("pointwise_backward_floats", &pointwise_backward_floats,
-        "(n, positions, channels_in, channels_out, threads): floats of scratch that pointwise_backward "
-        "needs.");
-  launch(
-      "depthwise", &depthwise,
-      "(n, channels, input, output, kernel, stride, padding, transposed, x, weight, weight_channel, "
-      "weight_row, weight_column, factor, scale, shift, residual, y, scratch, lower, upper, threads)");
-  launch(
-      "depthwise_backward", &depthwise_backward,
-      "(n, channels, input, output, kernel, stride, padding, a, g, weight, weight_channel, weight_row, "
-      "weight_column, scale, gx, s, scratch, lower, upper, guided, threads)");
+        "(dtype, n, positions, channels_in, channels_out, backward, threads): floats of scratch that "
+        "pointwise needs, or pointwise_backward.");
+  launch("depthwise", &depthwise,
+         "(dtype, n, channels, input, output, kernel, stride, padding, transposed, x, weight, "
+         "weight_channel, weight_row, weight_column, factor, scale, shift, residual, y, scratch, lower, "
+         "upper, threads)");
+  launch("depthwise_backward", &depthwise_backward,
+         "(dtype, n, channels, input, output, kernel, stride, padding, a, g, weight, weight_channel, "
+         "weight_row, weight_column, scale, gx, s, scratch, lower, upper, guided, threads)");
   m.def("depthwise_floats", &depthwise_floats,
         "(n, channels, input, output, kernel, stride, padding, transposed, threads): floats of scratch "
         "that depthwise needs, and depthwise_backward with transposed.");

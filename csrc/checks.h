@@ -269,12 +269,12 @@ inline int64_t reach(const Check& check, std::initializer_list<Steps> dimensions
 
 // The memory that all convolutions have after x and the weight; y has so many channels and elements.
 template <class Convolution>
-inline void check_end(Check& check, const Convolution& op, int64_t channels, int64_t y,
+inline void check_end(Check& check, Dtype dtype, const Convolution& op, int64_t channels, int64_t y,
                       int64_t scratch_floats) {
   check.may_read("scale", op.scale, channels, sizeof(float));
   check.may_read("shift", op.shift, channels, sizeof(float));
-  check.may_read("residual", op.residual, y, sizeof(float));
-  check.writes("y", op.y, y, sizeof(float), "residual");
+  check.may_read("residual", op.residual, y, width_of(dtype));
+  check.writes("y", op.y, y, width_of(dtype), "residual");
   check.writes("scratch", op.scratch, scratch_floats, sizeof(float));
   check.apart();
 }
@@ -288,12 +288,18 @@ inline void check_memory(const Winograd& op, double lower, double upper, int64_t
       check, {{op.channels_out, op.weight_out}, {op.channels_in, op.weight_in}, {9, op.weight_tap}});
   check.reads("x", op.x, op.n * op.h * op.w * op.channels_in, sizeof(float));
   check.reads("weight", op.weight, weight, sizeof(float));
-  check_end(check, op, op.channels_out, y, scratch_floats);
+  check_end(check, kFloat, op, op.channels_out, y, scratch_floats);
+}
+
+inline void check_convolved(const Check& check, Dtype dtype) {
+  check.require(dtype == kFloat || dtype == kBFloat16,
+                "dtype is " + std::to_string(dtype) + ", expected that of float32 or bfloat16");
 }
 
 // Sizes of a 1x1 convolution; its memory is checked apart, as a Winograd's is.
-inline bool to_do(const Pointwise& op) {
+inline bool to_do(Dtype dtype, const Pointwise& op) {
   Check check("pointwise");
+  check_convolved(check, dtype);
   check.within("channels_in", op.channels_in, 1, std::numeric_limits<int32_t>::max());
   check.within("channels_out", op.channels_out, 0, std::numeric_limits<int32_t>::max());
   check.elements("x", {op.n, op.positions, op.channels_in});
@@ -301,16 +307,17 @@ inline bool to_do(const Pointwise& op) {
   return op.n > 0 && op.positions > 0 && op.channels_out > 0;
 }
 
-inline void check_memory(const Pointwise& op, double lower, double upper, int64_t scratch_floats) {
+inline void check_memory(Dtype dtype, const Pointwise& op, double lower, double upper,
+                         int64_t scratch_floats) {
   Check check("pointwise");
   check_bounds(check, lower, upper);
   const int64_t rows = op.n * op.positions, y = rows * op.channels_out;
   const int64_t weight =
       reach(check, {{op.channels_out, op.weight_out}, {op.channels_in, op.weight_in}});
-  check.reads("x", op.x, rows * op.channels_in, sizeof(float));
-  check.reads("weight", op.weight, weight, sizeof(float));
+  check.reads("x", op.x, rows * op.channels_in, width_of(dtype));
+  check.reads("weight", op.weight, weight, width_of(dtype));
   check.may_read("factor", op.factor, op.channels_in, sizeof(float));
-  check_end(check, op, op.channels_out, y, scratch_floats);
+  check_end(check, dtype, op, op.channels_out, y, scratch_floats);
 }
 
 // Sizes of a depthwise convolution; its memory is checked apart, as a Winograd's is.
@@ -335,49 +342,52 @@ inline bool to_do(const Depthwise& op) {
 }
 
 // Of x, which the launch calls `name`, the weight and the factor; gives the elements of y.
-inline int64_t check_reads(Check& check, const Depthwise& op, const char* name) {
+inline int64_t check_reads(Check& check, Dtype dtype, const Depthwise& op, const char* name) {
+  check_convolved(check, dtype);
   const int64_t weight = reach(
       check,
       {{op.channels, op.weight_channel}, {op.kernel, op.weight_row}, {op.kernel, op.weight_column}});
-  check.reads(name, op.x, op.n * op.input[0] * op.input[1] * op.channels, sizeof(float));
-  check.reads("weight", op.weight, weight, sizeof(float));
+  check.reads(name, op.x, op.n * op.input[0] * op.input[1] * op.channels, width_of(dtype));
+  check.reads("weight", op.weight, weight, width_of(dtype));
   check.may_read("factor", op.factor, op.channels, sizeof(float));
   return op.n * op.output[0] * op.output[1] * op.channels;
 }
 
-inline void check_memory(const Depthwise& op, double lower, double upper, int64_t scratch_floats) {
+inline void check_memory(Dtype dtype, const Depthwise& op, double lower, double upper,
+                         int64_t scratch_floats) {
   Check check("depthwise");
   check_bounds(check, lower, upper);
-  const int64_t y = check_reads(check, op, "x");
-  check_end(check, op, op.channels, y, scratch_floats);
+  const int64_t y = check_reads(check, dtype, op, "x");
+  check_end(check, dtype, op, op.channels, y, scratch_floats);
 }
 
-inline void check_memory(const DepthwiseBackward& op, int64_t scratch_floats) {
+inline void check_memory(Dtype dtype, const DepthwiseBackward& op, int64_t scratch_floats) {
   Check check("depthwise_backward");
   check_bounds(check, op.lower, op.upper);
   const Depthwise& product = op.product;
-  const int64_t y = check_reads(check, product, "g");
+  const int64_t y = check_reads(check, dtype, product, "g");
   check.reads("a", op.a, product.n * product.input[0] * product.input[1] * product.channels,
-              sizeof(float));
+              width_of(dtype));
   check.may_write("s", op.s, product.n * product.channels, sizeof(float));
-  check_end(check, product, product.channels, y, scratch_floats);
+  check_end(check, dtype, product, product.channels, y, scratch_floats);
 }
 
-inline void check_memory(const PointwiseBackward& op, int64_t scratch_floats) {
+inline void check_memory(Dtype dtype, const PointwiseBackward& op, int64_t scratch_floats) {
   Check check("pointwise_backward");
   check_bounds(check, op.lower, op.upper);
   check.within("attribute", op.attribute, kNone, kBranch);
   const Pointwise& product = op.product;
   const int64_t rows = product.n * product.positions, g = rows * product.channels_in;
+  const int64_t width = width_of(dtype);
   const int64_t weight = reach(
       check, {{product.channels_out, product.weight_out}, {product.channels_in, product.weight_in}});
-  check.reads("a", op.a, g, sizeof(float));
-  check.reads("g", product.x, g, sizeof(float));
-  check.reads("weight", product.weight, weight, sizeof(float));
+  check.reads("a", op.a, g, width);
+  check.reads("g", product.x, g, width);
+  check.reads("weight", product.weight, weight, width);
   check.may_read("scale", product.factor, product.channels_in, sizeof(float));
-  if (op.attribute == kBranch) check.reads("residual", op.residual, g, sizeof(float));
-  check.may_write("g1", op.g1, g, sizeof(float), "g");
-  check.writes("gx", product.y, rows * product.channels_out, sizeof(float));
+  if (op.attribute == kBranch) check.reads("residual", op.residual, g, width);
+  check.may_write("g1", op.g1, g, width, "g");
+  check.writes("gx", product.y, rows * product.channels_out, width);
   if (op.attribute != kNone) check.writes("s", op.s, product.n * product.channels_in, sizeof(float));
   check.writes("scratch", product.scratch, scratch_floats, sizeof(float));
   check.apart();

@@ -16,6 +16,22 @@ Tensor = torch.Tensor
 LAST = torch.channels_last
 Batches = list[tuple[Tensor, Tensor]]
 
+DTYPES = [torch.float32, torch.bfloat16]
+_BFLOAT16 = 2.0**-8  # half a unit in the last place
+
+
+def assert_near(got: Tensor, want: Tensor, scaled: Tensor | float = 0.0, *, atol: float = 8e-6) -> None:
+    """Whether sums in float32 are as exact as they can be in the dtype they are stored in.
+
+    Args:
+        want: in float64.
+        scaled: the sum of the sizes of the products whose weight was rounded after a factor came to it.
+        atol: for the sums.
+    """
+    rounding = _BFLOAT16 if got.dtype == torch.bfloat16 else 0.0
+    error = (got.double() - want).abs()
+    assert bool((error <= atol + rounding * (want.abs() + scaled)).all()), error.max()
+
 
 def block(
     reads: int, makes: int, size: int, activation: nn.Module | None = None, **options: int
@@ -57,3 +73,19 @@ def assert_scores_of_float64(net: nn.Module, data: Batches, criterion: str) -> N
     wide = [(images.double(), labels) for images, labels in data]
     want = attrfast.attribute(copy.deepcopy(net).double(), wide, criterion, progress=False)
     assert (got.importance - want.importance).norm() <= 1e-5 * want.importance.norm()
+
+
+def bfloat16_errors(
+    net: nn.Module, data: Batches, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> tuple[float, float]:
+    """How far scores of a pass in bfloat16 are from those of float64, by norms: ours, and the library's."""
+    wide = [(images.double(), labels) for images, labels in data]
+    want = attrfast.attribute(copy.deepcopy(net).double(), wide, progress=False).importance
+
+    def error() -> float:
+        got = attrfast.attribute(net, data, amp_dtype=torch.bfloat16, progress=False).importance
+        return float((got - want).norm() / want.norm())
+
+    ours = error()
+    monkeypatch.setattr(module, "DTYPES", DTYPES[:1])
+    return ours, error()

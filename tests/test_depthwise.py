@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from op_checks import ISAS, Poisoned, laid, using
-from own_convolutions import LAST, assert_scores_of_float64, block, launches_of, trained_statistics
+from own_convolutions import (
+    DTYPES,
+    LAST,
+    assert_near,
+    assert_scores_of_float64,
+    bfloat16_errors,
+    block,
+    launches_of,
+    trained_statistics,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -35,7 +44,7 @@ CASES = [
 ]
 
 
-def tensors(case: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(case: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """x, a weight, and memory full of NaN for the result."""
     n, channels, rows, columns, kernel, *_ = case
     generator = torch.Generator().manual_seed(rows)
@@ -43,7 +52,7 @@ def tensors(case: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     weight = torch.randn(channels, 1, kernel, kernel, generator=generator) / kernel
     made = defined(x, weight, case)
     out = torch.full((n, *made.shape[2:], channels), torch.nan).movedim(3, 1)
-    return laid(x), weight, out
+    return laid(x).to(dtype), weight.to(dtype), out.to(dtype)
 
 
 def defined(x: Tensor, weight: Tensor, case: Sequence[int]) -> Tensor:
@@ -54,7 +63,7 @@ def defined(x: Tensor, weight: Tensor, case: Sequence[int]) -> Tensor:
 def strided(weight: Tensor) -> Tensor:
     """The same numbers in every other column of every third row, channels next to each other."""
     channels, _, kernel, _ = weight.shape
-    wide = torch.full((3 * kernel, 2 * kernel, 1, channels), torch.nan)
+    wide = weight.new_full((3 * kernel, 2 * kernel, 1, channels), torch.nan)
     view = wide[::3, ::2].permute(3, 2, 0, 1)
     view.copy_(weight)
     return view
@@ -62,45 +71,48 @@ def strided(weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [lambda weight: weight, strided], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_it_convolves(isa: str, case: tuple[int, ...], layout: Callable[[Tensor], Tensor]) -> None:
-    x, weight, out = tensors(case)
+def test_it_convolves(
+    isa: str, dtype: torch.dtype, case: tuple[int, ...], layout: Callable[[Tensor], Tensor]
+) -> None:
+    x, weight, out = tensors(case, dtype)
     given = layout(weight)
     *_, stride, padding = case
     with using(isa):
         depthwise.convolve(x, given, list(padding), stride=stride, out=out, buffers=Poisoned())
-    torch.testing.assert_close(
-        out.double(), defined(x.double(), weight.double(), case), rtol=0, atol=8e-6
-    )
+    assert_near(out, defined(x.double(), weight.double(), case))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_it_gives_the_gradient_for_an_input(isa: str, case: tuple[int, ...]) -> None:
-    x, weight, out = tensors(case)
+def test_it_gives_the_gradient_for_an_input(isa: str, dtype: torch.dtype, case: tuple[int, ...]) -> None:
+    x, weight, out = tensors(case, dtype)
     *_, stride, padding = case
-    g = laid(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
-    into = torch.full((len(x), *x.shape[2:], x.shape[1]), torch.nan).movedim(3, 1)
+    g = laid(torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).to(dtype)
+    into = x.new_full((len(x), *x.shape[2:], x.shape[1]), torch.nan).movedim(3, 1)
     how = {"stride": stride, "size": x.shape[2:], "transposed": True}
     with using(isa):
         depthwise.convolve(g, weight, list(padding), **how, out=into, buffers=Poisoned())
     want = torch.nn.grad.conv2d_input(
         x.shape, weight.double(), g.double(), stride, padding, groups=len(weight)
     )
-    torch.testing.assert_close(into.double(), want, rtol=0, atol=8e-6)
+    assert_near(into, want)
 
 
 @pytest.mark.parametrize("bounds", [(-reference.INF, reference.INF), (0.0, 0.5)], ids=str)
 @pytest.mark.parametrize("given", ["scale", "shift", "residual", "factor", "all"])
 @pytest.mark.parametrize("case", CASES[1:3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_what_follows_a_convolution_is_done_in_the_same_launch(
-    isa: str, case: tuple[int, ...], given: str, bounds: tuple[float, float]
+    isa: str, dtype: torch.dtype, case: tuple[int, ...], given: str, bounds: tuple[float, float]
 ) -> None:
-    x, weight, out = tensors(case)
+    x, weight, out = tensors(case, dtype)
     *_, stride, padding = case
     more = {name: torch.randn(case[1]) for name in ("scale", "shift", "factor")}
-    more["residual"] = torch.randn(out.shape)
+    more["residual"] = torch.randn(out.shape).to(dtype)
     more = {name: value for name, value in more.items() if given in (name, "all")}
     how = {"stride": stride, "lower": bounds[0], "upper": bounds[1]}
     with using(isa):
@@ -109,46 +121,52 @@ def test_what_follows_a_convolution_is_done_in_the_same_launch(
     factor = wide.pop("factor", torch.ones(case[1]).double()).view(-1, 1, 1, 1)
     z = defined(x.double(), weight.double() * factor, case)
     want, _ = reference.affine_relu(z, **wide, lower=bounds[0], upper=bounds[1])
-    torch.testing.assert_close(y.double(), want, rtol=0, atol=8e-6)
+    assert_near(y, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_it_may_write_into_the_residual(isa: str) -> None:
-    x, weight, out = tensors(CASES[2])
-    residual = laid(torch.randn(out.shape))
+def test_it_may_write_into_the_residual(isa: str, dtype: torch.dtype) -> None:
+    x, weight, out = tensors(CASES[2], dtype)
+    residual = laid(torch.randn(out.shape)).to(dtype)
     with using(isa):
         want = depthwise.convolve(x, weight, [2, 2], residual=residual)
         depthwise.convolve(x, weight, [2, 2], residual=residual, out=residual)
     assert torch.equal(residual, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_what_is_not_finite_goes_through_as_in_the_definition(isa: str) -> None:
-    x, weight, _ = tensors((1, 20, 5, 8, 3, 1, (1, 1)))
+def test_what_is_not_finite_goes_through_as_in_the_definition(isa: str, dtype: torch.dtype) -> None:
+    x, weight, _ = tensors((1, 20, 5, 8, 3, 1, (1, 1)), dtype)
     x[0, 3, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0, 0, 1, 2, 3])
     with using(isa):
         y = depthwise.convolve(x, weight, [1, 1], lower=0.0, upper=6.0)
-    z = functional.conv2d(x, weight, None, 1, 1, groups=20)
+    z = functional.conv2d(x.double(), weight.double(), None, 1, 1, groups=20)
     want, _ = reference.affine_relu(z, lower=0.0, upper=6.0)
-    torch.testing.assert_close(y, want, rtol=0, atol=8e-6, equal_nan=True)
+    assert torch.equal(y.isnan(), want.isnan())
+    assert_near(y.nan_to_num(), want.nan_to_num())
 
 
-def gradients(case: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def gradients(
+    case: Sequence[int], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """a, of which some meets its bounds; g; x; a weight and a scale."""
-    x, weight, out = tensors(case)
+    x, weight, out = tensors(case, dtype)
     generator = torch.Generator().manual_seed(case[1])
-    a, g = (laid(torch.randn(out.shape, generator=generator)) for _ in range(2))
+    a, g = (laid(torch.randn(out.shape, generator=generator)).to(dtype) for _ in range(2))
     return a.clamp(0.0, 1.0), g, x, weight, torch.randn(case[1], generator=generator)
 
 
 @pytest.mark.parametrize("attribute", [False, True])
 @pytest.mark.parametrize(("upper", "guided"), [(1.0, False), (reference.INF, True)])
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_gradient_is_masked_and_measured_on_its_way(
-    isa: str, case: tuple[int, ...], upper: float, guided: bool, attribute: bool
+    isa: str, dtype: torch.dtype, case: tuple[int, ...], upper: float, guided: bool, attribute: bool
 ) -> None:
-    a, g, x, weight, scale = gradients(case)
+    a, g, x, weight, scale = gradients(case, dtype)
     *_, stride, padding = case
     rules = 0.0, upper, guided, attribute
     where = list(padding), stride, list(x.shape[2:])
@@ -156,26 +174,32 @@ def test_a_gradient_is_masked_and_measured_on_its_way(
         gx, s = depthwise.gradient(a, g, weight, *where, scale, *rules, buffers=Poisoned())
     wide = a.double(), g.double(), weight.double(), *where, scale.double()
     want = reference.depthwise_backward(*wide, *rules)
-    torch.testing.assert_close(gx.double(), want[0], rtol=0, atol=2e-5)
+    assert_near(gx, want[0], atol=2e-5)
+    assert s.dtype == torch.float32
     torch.testing.assert_close(s.double(), want[1], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_gradient_passes_where_nothing_was_clamped(isa: str) -> None:
-    a, g, x, weight, _ = gradients((1, 20, 5, 8, 3, 1, (1, 1)))
+def test_a_gradient_passes_where_nothing_was_clamped(isa: str, dtype: torch.dtype) -> None:
+    a, g, x, weight, _ = gradients((1, 20, 5, 8, 3, 1, (1, 1)), dtype)
     a[0, 3, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0, 6, 1, 2, 3])
     for upper in (6.0, reference.INF):
-        given = a, g, weight, [1, 1], 1, list(x.shape[2:])
+        where = [1, 1], 1, list(x.shape[2:])
         with using(isa):
-            gx, s = depthwise.gradient(*given, upper=upper)
-        want = reference.depthwise_backward(*given, upper=upper)
-        torch.testing.assert_close(gx, want[0], rtol=0, atol=2e-5)
-        torch.testing.assert_close(s, want[1], rtol=0, atol=2e-5, equal_nan=True)
+            gx, s = depthwise.gradient(a, g, weight, *where, upper=upper)
+        wide = a.double(), g.double(), weight.double()
+        want = reference.depthwise_backward(*wide, *where, upper=upper)
+        assert_near(gx, want[0], atol=2e-5)
+        torch.testing.assert_close(s.double(), want[1], rtol=0, atol=2e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_bits_depend_on_neither_threads_nor_neighbours(case: tuple[int, ...]) -> None:
-    a, g, x, weight, _ = gradients(case)
+def test_the_bits_depend_on_neither_threads_nor_neighbours(
+    case: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    a, g, x, weight, _ = gradients(case, dtype)
     *_, stride, padding = case
     where = list(padding), stride, list(x.shape[2:])
 
@@ -278,3 +302,13 @@ def test_a_pass_uses_it_forward_and_backward(calls: list[str]) -> None:
     attrfast.attribute(net, data, "attribution", progress=False)
     made = {each: calls.count(each) for each in ("convolve", "gradient", "transposed")}
     assert made == {"convolve": 4, "gradient": 1, "transposed": 2}
+
+
+def test_a_pass_in_bfloat16_is_as_exact_as_by_the_library(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, data = trained_statistics(Separable)
+    ours, librarys = bfloat16_errors(net, data, depthwise, monkeypatch)
+    assert calls.count("convolve") >= 3
+    assert "gradient" in calls
+    assert ours <= 1.1 * librarys

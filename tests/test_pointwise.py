@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import pytest
 import torch
 from op_checks import ISAS, Poisoned, laid, using
-from own_convolutions import assert_scores_of_float64, block, launches_of, trained_statistics
+from own_convolutions import (
+    DTYPES,
+    assert_near,
+    assert_scores_of_float64,
+    bfloat16_errors,
+    block,
+    launches_of,
+    trained_statistics,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -37,7 +45,7 @@ CASES = [
 
 def strided(weight: Tensor) -> Tensor:
     """The same numbers in every third column of every second row of a larger matrix."""
-    wide = torch.full((2 * weight.shape[0], 3 * weight.shape[1], 1, 1), torch.nan)
+    wide = weight.new_full((2 * weight.shape[0], 3 * weight.shape[1], 1, 1), torch.nan)
     wide[::2, ::3] = weight
     return wide[::2, ::3]
 
@@ -49,7 +57,9 @@ WEIGHTS = {
 }
 
 
-def tensors(shape: Sequence[int], transposed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(
+    shape: Sequence[int], transposed: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """x, a weight and memory full of NaN for the result."""
     n, reads, makes, rows, columns = shape
     generator = torch.Generator().manual_seed(rows)
@@ -57,7 +67,7 @@ def tensors(shape: Sequence[int], transposed: bool = False) -> tuple[Tensor, Ten
     channels = (reads, makes) if transposed else (makes, reads)
     weight = torch.randn(*channels, 1, 1, generator=generator) / reads**0.5
     out = torch.full((n, rows, columns, makes), torch.nan).movedim(3, 1)
-    return laid(x), weight, out
+    return laid(x).to(dtype), weight.to(dtype), out.to(dtype)
 
 
 def defined(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
@@ -67,27 +77,30 @@ def defined(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "input gradient"])
 @pytest.mark.parametrize("layout", list(WEIGHTS))
 @pytest.mark.parametrize("shape", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_it_convolves(isa: str, shape: tuple[int, ...], layout: str, transposed: bool) -> None:
-    x, weight, out = tensors(shape, transposed)
+def test_it_convolves(
+    isa: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str, transposed: bool
+) -> None:
+    x, weight, out = tensors(shape, transposed, dtype)
     weight = WEIGHTS[layout](weight)
     with using(isa):
         pointwise.convolve(x, weight, [0, 0], transposed=transposed, out=out, buffers=Poisoned())
-    want = defined(x.double(), weight.double(), transposed)
-    torch.testing.assert_close(out.double(), want, rtol=0, atol=8e-6)
+    assert_near(out, defined(x.double(), weight.double(), transposed))
 
 
 @pytest.mark.parametrize("bounds", [(-reference.INF, reference.INF), (0.0, 0.5)], ids=str)
 @pytest.mark.parametrize("given", ["scale", "shift", "residual", "factor", "all"])
 @pytest.mark.parametrize("shape", CASES[2:3] + CASES[-1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_what_follows_a_convolution_is_done_in_the_same_launch(
-    isa: str, shape: tuple[int, ...], given: str, bounds: tuple[float, float]
+    isa: str, dtype: torch.dtype, shape: tuple[int, ...], given: str, bounds: tuple[float, float]
 ) -> None:
-    x, weight, out = tensors(shape)
+    x, weight, out = tensors(shape, dtype=dtype)
     channels = {"scale": shape[2], "shift": shape[2], "factor": shape[1]}
     more = {name: torch.randn(count) for name, count in channels.items()}
-    more["residual"] = torch.randn(out.shape)
+    more["residual"] = torch.randn(out.shape).to(dtype)
     more = {name: value for name, value in more.items() if given in (name, "all")}
     with using(isa):
         y = pointwise.convolve(x, weight, [0, 0], lower=bounds[0], upper=bounds[1], **more)
@@ -95,32 +108,40 @@ def test_what_follows_a_convolution_is_done_in_the_same_launch(
     factor = wide.pop("factor", torch.ones(shape[1]).double()).view(-1, 1, 1)
     z = defined(x.double() * factor, weight.double())
     want, _ = reference.affine_relu(z, **wide, lower=bounds[0], upper=bounds[1])
-    torch.testing.assert_close(y.double(), want, rtol=0, atol=8e-6)
+    scale = wide.get("scale", torch.ones(shape[2]).double()).view(-1, 1, 1)
+    products = defined((x.double() * factor).abs(), weight.double().abs()) * scale.abs()
+    assert_near(y, want, products if "factor" in more else 0.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_it_may_write_into_the_residual(isa: str) -> None:
-    x, weight, out = tensors(CASES[2])
-    residual = laid(torch.randn(out.shape))
+def test_it_may_write_into_the_residual(isa: str, dtype: torch.dtype) -> None:
+    x, weight, out = tensors(CASES[2], dtype=dtype)
+    residual = laid(torch.randn(out.shape)).to(dtype)
     with using(isa):
         want = pointwise.convolve(x, weight, [0, 0], residual=residual)
         pointwise.convolve(x, weight, [0, 0], residual=residual, out=residual)
     assert torch.equal(residual, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_what_is_not_finite_goes_through_as_in_the_definition(isa: str) -> None:
-    x, weight, _ = tensors((1, 20, 18, 2, 8))
+def test_what_is_not_finite_goes_through_as_in_the_definition(isa: str, dtype: torch.dtype) -> None:
+    x, weight, _ = tensors((1, 20, 18, 2, 8), dtype=dtype)
     x[0, 3, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0, 0, 1, 2, 3])
     with using(isa):
         y = pointwise.convolve(x, weight, [0, 0], lower=0.0, upper=6.0)
-    want, _ = reference.affine_relu(defined(x, weight), lower=0.0, upper=6.0)
-    torch.testing.assert_close(y, want, rtol=0, atol=8e-6, equal_nan=True)
+    want, _ = reference.affine_relu(defined(x.double(), weight.double()), lower=0.0, upper=6.0)
+    assert torch.equal(y.isnan(), want.isnan())
+    assert_near(y.nan_to_num(), want.nan_to_num())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [CASES[0], *CASES[-4:]], ids=str)
-def test_the_bits_depend_on_neither_threads_nor_neighbours(shape: tuple[int, ...]) -> None:
-    x, weight, _ = tensors(shape)
+def test_the_bits_depend_on_neither_threads_nor_neighbours(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x, weight, _ = tensors(shape, dtype=dtype)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 5, 8):
@@ -132,11 +153,13 @@ def test_the_bits_depend_on_neither_threads_nor_neighbours(shape: tuple[int, ...
     assert all(torch.equal(result, alone) for result in results)
 
 
-def gradients(shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+def gradients(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """a, g and a weight, and what else the backward may read: its bounds are met by some of a."""
-    g, weight, _ = tensors(shape, transposed=True)
+    g, weight, _ = tensors(shape, transposed=True, dtype=dtype)
     generator = torch.Generator().manual_seed(shape[1])
-    a, residual = (laid(torch.randn(g.shape, generator=generator)) for _ in range(2))
+    a, residual = (laid(torch.randn(g.shape, generator=generator)).to(dtype) for _ in range(2))
     scale = torch.randn(shape[1], generator=generator)
     return a.clamp(0.0, 1.0), g, weight, {"residual": residual, "scale": scale}
 
@@ -145,37 +168,50 @@ def gradients(shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, dict[str, T
 @pytest.mark.parametrize("attribute", [0, 1, 2])
 @pytest.mark.parametrize(("upper", "guided"), [(1.0, False), (reference.INF, True)])
 @pytest.mark.parametrize("shape", [CASES[2], CASES[-2], CASES[-1], (2, 20, 40, 17, 19)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_gradient_is_masked_and_measured_on_its_way(
-    isa: str, shape: tuple[int, ...], upper: float, guided: bool, attribute: int, split: str | None
+    isa: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    upper: float,
+    guided: bool,
+    attribute: int,
+    split: str | None,
 ) -> None:
-    a, g, weight, more = gradients(shape)
+    a, g, weight, more = gradients(shape, dtype)
     given = a, g, weight, more["residual"], more["scale"]
     rules = 0.0, upper, guided, attribute
     want = reference.pointwise_backward(*(x.double() for x in given), *rules)
     g1 = {None: None, "new": torch.full_like(g, torch.nan), "in place": g}[split]
     with using(isa):
         gx, s = pointwise.gradient(*given, *rules, g1=g1, buffers=Poisoned())
-    torch.testing.assert_close(gx.double(), want[0], rtol=0, atol=2e-5)
+    sizes = (want[1] * more["scale"].double().view(-1, 1, 1)).abs(), weight.double().abs()
+    assert_near(gx, want[0], defined(*sizes, transposed=True), atol=2e-5)
+    assert s.dtype == torch.float32
     torch.testing.assert_close(s.double(), want[2], rtol=0, atol=2e-5)
     assert g1 is None or torch.equal(g1.double(), want[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_gradient_passes_where_nothing_was_clamped(isa: str) -> None:
-    a, g, weight, _ = gradients((1, 20, 18, 2, 8))
+def test_a_gradient_passes_where_nothing_was_clamped(isa: str, dtype: torch.dtype) -> None:
+    a, g, weight, _ = gradients((1, 20, 18, 2, 8), dtype)
     a[0, 3, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0, 6, 1, 2, 3])
     for upper in (6.0, reference.INF):
-        want = reference.pointwise_backward(a, g, weight, upper=upper)
+        want = reference.pointwise_backward(a.double(), g.double(), weight.double(), upper=upper)
         with using(isa):
             gx, s = pointwise.gradient(a, g, weight, upper=upper)
-        torch.testing.assert_close(gx, want[0], rtol=0, atol=2e-5)
-        torch.testing.assert_close(s, want[2], rtol=0, atol=2e-5, equal_nan=True)
+        assert_near(gx, want[0], atol=2e-5)
+        torch.testing.assert_close(s.double(), want[2], rtol=0, atol=2e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [CASES[0], *CASES[-4:], (2, 20, 40, 17, 19)], ids=str)
-def test_the_bits_of_a_gradient_depend_on_neither_threads_nor_neighbours(shape: tuple[int, ...]) -> None:
-    a, g, weight, _ = gradients(shape)
+def test_the_bits_of_a_gradient_depend_on_neither_threads_nor_neighbours(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    a, g, weight, _ = gradients(shape, dtype)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 5, 8):
@@ -224,11 +260,14 @@ def test_the_library_convolves_what_is_not_for_it(x: Tensor, weight: Tensor, geo
     assert not pointwise.suits(x, weight, geometry)
 
 
-def test_it_is_not_used_under_autocast() -> None:
-    x, weight = laid(torch.ones(4, 32, 8, 8)), torch.ones(32, 32, 1, 1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_decides_about_the_dtype(dtype: torch.dtype, cast: torch.dtype) -> None:
+    x, weight = laid(torch.ones(4, 32, 8, 8)).to(dtype), torch.ones(32, 32, 1, 1).to(dtype)
     assert pointwise.suits(x, weight, PLAIN)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not pointwise.suits(x, weight, PLAIN)
+    with torch.autocast("cpu", cast):
+        assert pointwise.suits(x, weight, PLAIN) == (dtype == cast)
+    assert not pointwise.suits(x, weight.to(DTYPES[dtype == torch.float32]), PLAIN)
 
 
 class Bottleneck(nn.Module):
@@ -326,3 +365,14 @@ def test_a_contiguous_pass_gives_the_scores_of_float64_too(name: str, calls: lis
     data = [(images.contiguous(), labels) for images, labels in data]
     assert_scores_of_float64(net, data, "attribution")
     assert calls.count("gradient") >= 2
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_a_pass_in_bfloat16_is_as_exact_as_by_the_library(
+    name: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, data = trained_statistics(NETWORKS[name])
+    ours, librarys = bfloat16_errors(net, data, pointwise, monkeypatch)
+    assert calls.count("convolve") >= 3
+    assert calls.count("gradient") >= 2
+    assert ours <= 1.1 * librarys

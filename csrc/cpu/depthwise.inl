@@ -1,5 +1,5 @@
-// Depthwise convolutions: every channel has a small square window of its own, channels-last and in float;
-// included by kernels.inl.
+// Depthwise convolutions: every channel has a small square window of its own, channels-last, of floats or bfloat16
+// summed in float; included by kernels.inl.
 //
 // The sums of a few neighbouring outputs stay in registers. Each is summed in the same order however outputs are
 // cut, so results have the same bits. Rows of x are brought one after another to a ring of as many as a window
@@ -57,13 +57,14 @@ struct DepthwiseTask {
 };
 
 // The weight as [row][column][channel], times the factor. In the gradient for an input columns run backwards.
+template <class T>
 static void pack_windows(const Depthwise& op, const DepthwisePlan& plan, int64_t tap, float* u) {
   const int64_t row = tap / op.kernel, column = tap % op.kernel;
-  const float* const from = op.weight + row * op.weight_row +
-                            (op.transposed ? op.kernel - 1 - column : column) * op.weight_column;
+  const T* const from = static_cast<const T*>(op.weight) + row * op.weight_row +
+                        (op.transposed ? op.kernel - 1 - column : column) * op.weight_column;
   float* const to = u + tap * plan.vectors * kLanes;
   for (int64_t c = 0; c < op.channels; ++c)
-    to[c] = from[c * op.weight_channel] * (op.factor ? op.factor[c] : 1.0f);
+    to[c] = Element<T>::load(from[c * op.weight_channel]) * (op.factor ? op.factor[c] : 1.0f);
   for (int64_t c = op.channels; c < plan.vectors * kLanes; ++c) to[c] = 0;
 }
 
@@ -73,11 +74,13 @@ struct WindowRow {
 };
 
 // R outputs next to each other of one vector of channels, of which `count` are there unless kWhole.
-template <int K, int S, int R, bool kWhole>
+template <class T, int K, int S, int R, bool kWhole>
 static void depthwise_tile(const Depthwise& op, const WindowRow* rows, int64_t used, int64_t x_step,
                            int64_t u_step, int64_t at, int64_t channel, int64_t count) {
+  const T* const residual = static_cast<const T*>(op.residual);
+  T* const y = static_cast<T*>(op.y);
   // While the products are made, what they go to comes near.
-  for (int r = 0; r < R; ++r) __builtin_prefetch(op.y + at + r * op.channels, 1);
+  for (int r = 0; r < R; ++r) __builtin_prefetch(y + at + r * op.channels, 1);
   Vector sum[R] = {};
   for (int64_t i = 0; i < used; ++i) {
     Vector u[K];
@@ -101,27 +104,27 @@ static void depthwise_tile(const Depthwise& op, const WindowRow* rows, int64_t u
     Vector v = sum[r];
     if (op.scale) v *= scale;
     if (op.shift) v += shift;
-    if (op.residual) v += load_lanes<kWhole>(op.residual + place, count);
+    if (residual) v += load_lanes<kWhole>(residual + place, count);
     v = v < lower ? lower : v;  // comparisons with NaN are false, so NaN stays
     v = v > upper ? upper : v;
-    store_lanes<kWhole>(op.y + place, v, count);
+    store_lanes<kWhole>(y + place, v, count);
   }
 }
 
 // `made` outputs next to each other of all of a task's channels, at most R.
-template <int K, int S, int R = kMostColumns>
+template <class T, int K, int S, int R = kMostColumns>
 static void depthwise_columns(int64_t made, const Depthwise& op, const DepthwisePlan& plan,
                               const DepthwiseTask& task, const WindowRow* rows, int64_t used,
                               int64_t at) {
   if constexpr (R > 1) {
-    if (made < R) return depthwise_columns<K, S, R - 1>(made, op, plan, task, rows, used, at);
+    if (made < R) return depthwise_columns<T, K, S, R - 1>(made, op, plan, task, rows, used, at);
   }
   const int64_t u_step = plan.vectors * kLanes;
   WindowRow here[K];
   for (int64_t i = 0; i < used; ++i) here[i] = rows[i];
   for (int64_t c = 0; c < task.channels; c += kLanes) {
-    const auto run =
-        task.channels - c >= kLanes ? depthwise_tile<K, S, R, true> : depthwise_tile<K, S, R, false>;
+    const auto run = task.channels - c >= kLanes ? depthwise_tile<T, K, S, R, true>
+                                                 : depthwise_tile<T, K, S, R, false>;
     run(op, here, used, task.width(), u_step, at + c, task.channel + c, task.channels - c);
     for (int64_t i = 0; i < used; ++i) here[i].x += kLanes, here[i].u += kLanes;
   }
@@ -143,21 +146,21 @@ static int64_t rows_of(const Depthwise& op, int64_t row, int64_t* from, int64_t*
 }
 
 // A row of outputs from rows of x in the ring, `used` of them.
-template <int K, int S>
+template <class T, int K, int S>
 static void depthwise_row(const Depthwise& op, const DepthwisePlan& plan, const DepthwiseTask& task,
                           WindowRow* rows, int64_t used, int64_t row) {
   const int64_t columns = op.output[1], pieces = ceil_div(columns, kMostColumns);
   int64_t at = (task.sample * op.output[0] + row) * columns * op.channels + task.channel;
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t made = columns * (piece + 1) / pieces - columns * piece / pieces;
-    depthwise_columns<K, S>(made, op, plan, task, rows, used, at);
+    depthwise_columns<T, K, S>(made, op, plan, task, rows, used, at);
     at += made * op.channels;
     for (int64_t i = 0; i < used; ++i) rows[i].x += made * S * task.width();
   }
 }
 
 // A task. load(row, to) brings a row of x to the ring, in ascending order, and every row that is the part's own.
-template <int K, int S, class Load>
+template <class T, int K, int S, class Load>
 static void depthwise_task(const Depthwise& op, const DepthwisePlan& plan, const DepthwiseTask& task,
                            float* ring, Load load) {
   const int64_t width = task.width(), row_floats = plan.columns * width;
@@ -176,18 +179,18 @@ static void depthwise_task(const Depthwise& op, const DepthwisePlan& plan, const
     for (int64_t i = 0; i < used; ++i)
       rows[i] = {ring + from[i] % K * row_floats,
                  op.scratch + task.channel + taps[i] * K * plan.vectors * kLanes};
-    depthwise_row<K, S>(op, plan, task, rows, used, row);
+    depthwise_row<T, K, S>(op, plan, task, rows, used, row);
   }
   for (; next < op.input[0] * (task.part + 1) / plan.parts; ++next) bring(next);
 }
 
 // The convolution; run(task, mine) does a task, with memory of the thread's own.
-template <class Run>
+template <class T, class Run>
 static void each_task(const Depthwise& op, const DepthwisePlan& plan, int threads, Run run) {
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t tap = 0; tap < plan.window; ++tap) pack_windows(op, plan, tap, op.scratch);
+    for (int64_t tap = 0; tap < plan.window; ++tap) pack_windows<T>(op, plan, tap, op.scratch);
 #pragma omp for schedule(static)
     for (int64_t share = 0; share < threads; ++share) {
       float* const mine = op.scratch + plan.whole + share * plan.own;
@@ -220,10 +223,11 @@ static int64_t depthwise_floats(const Depthwise& op, int threads) {
 }
 
 // A row of x to the ring.
+template <class T>
 static void copy_row(const Depthwise& op, const DepthwisePlan& plan, const DepthwiseTask& task,
                      int64_t row, float* to) {
-  const float* from =
-      op.x + (task.sample * op.input[0] + row) * op.input[1] * op.channels + task.channel;
+  const T* from = static_cast<const T*>(op.x) +
+                  (task.sample * op.input[0] + row) * op.input[1] * op.channels + task.channel;
   for (int64_t column = 0; column < op.input[1]; ++column) {
     int64_t c = 0;
     for (; c + kLanes <= task.channels; c += kLanes) store_vector(to + c, load_vector(from + c));
@@ -232,38 +236,40 @@ static void copy_row(const Depthwise& op, const DepthwisePlan& plan, const Depth
   }
 }
 
-static void depthwise(const Depthwise& op, int threads) {
+template <class T>
+static void depthwise_typed(const Depthwise& op, int threads) {
   const DepthwisePlan plan(op);
   by_window(op, plan, [&](auto kernel, auto step) {
     constexpr int K = decltype(kernel)::value, S = decltype(step)::value;
-    each_task(op, plan, threads, [&](const DepthwiseTask& task, float* mine) {
-      depthwise_task<K, S>(op, plan, task, mine,
-                           [&](int64_t row, float* to) { copy_row(op, plan, task, row, to); });
+    each_task<T>(op, plan, threads, [&](const DepthwiseTask& task, float* mine) {
+      depthwise_task<T, K, S>(op, plan, task, mine,
+                              [&](int64_t row, float* to) { copy_row<T>(op, plan, task, row, to); });
     });
   });
 }
 
 // A vector of channels, of which `count` are there unless kWhole, of R columns of a gradient: what passes
 // goes to `to`, and a * g is added to acc.
-template <int R, bool kWhole, bool kGuided, bool kMeasured>
-static inline void mask_columns(const DepthwiseBackward& op, const Clamp& clamp, int64_t from, float* to,
-                                int64_t to_step, float* acc, int64_t count) {
+template <class T, int R, bool kWhole, bool kGuided, bool kMeasured>
+static inline void mask_columns(const DepthwiseBackward& op, const Clamp<T>& clamp, int64_t from,
+                                float* to, int64_t to_step, float* acc, int64_t count) {
+  const T *const as = static_cast<const T*>(op.a), *const gs = static_cast<const T*>(op.product.x);
   Vector sum = kMeasured ? load_vector(acc) : Vector{};
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     const int64_t place = from + r * op.product.channels;
-    const Vector a = load_lanes<kWhole>(op.a + place, count);
-    const Vector g = load_lanes<kWhole>(op.product.x + place, count);
-    store_vector(to + r * to_step, clamp.passing<kGuided>(a, g));
+    const Vector a = load_lanes<kWhole>(as + place, count);
+    const Vector g = load_lanes<kWhole>(gs + place, count);
+    store_vector(to + r * to_step, clamp.template passing<kGuided>(a, g));
     if (kMeasured) sum += a * g;
   }
   if (kMeasured) store_vector(acc, sum);
 }
 
 // A row of it, of which `first` to `last` are measured in acc, unless it belongs to the neighbouring part.
-template <bool kGuided, bool kMeasured>
+template <class T, bool kGuided, bool kMeasured>
 static void mask_row(const DepthwiseBackward& op, const DepthwisePlan& plan, const DepthwiseTask& task,
-                     const Clamp& clamp, int64_t row, int64_t first, int64_t last, float* to,
+                     const Clamp<T>& clamp, int64_t row, int64_t first, int64_t last, float* to,
                      float* acc) {
   const Depthwise& product = op.product;
   const int64_t to_step = plan.spread * task.width();
@@ -275,10 +281,10 @@ static void mask_row(const DepthwiseBackward& op, const DepthwisePlan& plan, con
     const bool four = last - column >= kTogether;
     for (int64_t c = 0; c < task.channels; c += kLanes) {
       const int64_t count = task.channels - c;
-      const auto run = count >= kLanes ? (four ? mask_columns<kTogether, true, kGuided, kMeasured>
-                                               : mask_columns<1, true, kGuided, kMeasured>)
-                                       : (four ? mask_columns<kTogether, false, kGuided, kMeasured>
-                                               : mask_columns<1, false, kGuided, kMeasured>);
+      const auto run = count >= kLanes ? (four ? mask_columns<T, kTogether, true, kGuided, kMeasured>
+                                               : mask_columns<T, 1, true, kGuided, kMeasured>)
+                                       : (four ? mask_columns<T, kTogether, false, kGuided, kMeasured>
+                                               : mask_columns<T, 1, false, kGuided, kMeasured>);
       run(op, clamp, from + c, to + c, to_step, acc + c, count);
     }
     const int64_t done = four ? kTogether : 1;
@@ -301,29 +307,29 @@ struct PartSum {
 };
 
 // The gradient for what a depthwise convolution read, straight from that for the output of its stage.
-template <bool kGuided, bool kMeasured>
+template <class T, bool kGuided, bool kMeasured>
 static void depthwise_backward_typed(const DepthwiseBackward& op, int threads) {
   const Depthwise& product = op.product;
   const DepthwisePlan plan(product);
-  const Clamp clamp(op.lower, op.upper);
+  const Clamp<T> clamp(op.lower, op.upper);
   const int64_t channels = product.channels, rows = product.input[0], columns = product.input[1];
   const int64_t together = larger(1, kRows / columns);  // rows whose floats are added up as such
   double* const partial = kMeasured ? new double[product.n * plan.parts * channels] : nullptr;
   by_window(product, plan, [&](auto kernel, auto step) {
     constexpr int K = decltype(kernel)::value, S = decltype(step)::value;
-    each_task(product, plan, threads, [&](const DepthwiseTask& task, float* mine) {
+    each_task<T>(product, plan, threads, [&](const DepthwiseTask& task, float* mine) {
       const int64_t first = rows * task.part / plan.parts, last = rows * (task.part + 1) / plan.parts;
       float* const acc = mine + plan.own - plan.most * kLanes;
       const PartSum part = {acc,
                             partial + (task.sample * plan.parts + task.part) * channels + task.channel,
                             task.channels};
       if (kMeasured) part.begin();
-      depthwise_task<K, S>(product, plan, task, mine, [&](int64_t row, float* to) {
+      depthwise_task<T, K, S>(product, plan, task, mine, [&](int64_t row, float* to) {
         if (!kMeasured || row < first || row >= last)  // it may belong to the part beside
-          return mask_row<kGuided, false>(op, plan, task, clamp, row, 0, columns, to, acc);
+          return mask_row<T, kGuided, false>(op, plan, task, clamp, row, 0, columns, to, acc);
         for (int64_t begin = 0; begin < columns; begin += kRows) {
           const int64_t end = smaller(columns, begin + kRows);
-          mask_row<kGuided, true>(op, plan, task, clamp, row, begin, end, to, acc);
+          mask_row<T, kGuided, true>(op, plan, task, clamp, row, begin, end, to, acc);
           if (end < columns) part.flush();
         }
         if ((row - first + 1) % together == 0 || row + 1 == last) part.flush();
@@ -335,12 +341,12 @@ static void depthwise_backward_typed(const DepthwiseBackward& op, int threads) {
   delete[] partial;
 }
 
-static void depthwise_backward(const DepthwiseBackward& op, int threads) {
+template <class T>
+static void depthwise_backward_ruled(const DepthwiseBackward& op, int threads) {
   const bool measured = op.s != nullptr;
-  const auto run =
-      op.guided
-          ? (measured ? depthwise_backward_typed<true, true> : depthwise_backward_typed<true, false>)
-      : measured ? depthwise_backward_typed<false, true>
-                 : depthwise_backward_typed<false, false>;
+  const auto run = op.guided  ? (measured ? depthwise_backward_typed<T, true, true>
+                                          : depthwise_backward_typed<T, true, false>)
+                   : measured ? depthwise_backward_typed<T, false, true>
+                              : depthwise_backward_typed<T, false, false>;
   run(op, threads);
 }

@@ -409,6 +409,36 @@ static void joined_backward(Dtype dtype, const Shape& shape, const JoinedBackwar
   }
 }
 
+// Convolutions are of floats or bfloat16.
+#define ATTRFAST_BY_WIDTH(dtype, call) \
+  if (dtype == kBFloat16) {            \
+    using T = BFloat16;                \
+    call;                              \
+  } else {                             \
+    using T = float;                   \
+    call;                              \
+  }
+
+static void pointwise(Dtype dtype, const Pointwise& op, int threads) {
+  ATTRFAST_BY_WIDTH(dtype, pointwise_typed<T>(op, threads))
+}
+
+static int64_t pointwise_floats(Dtype dtype, const Pointwise& op, bool backward, int threads) {
+  ATTRFAST_BY_WIDTH(dtype, return PointwisePlan<T>(op, backward).floats(threads))
+}
+
+static void pointwise_backward(Dtype dtype, const PointwiseBackward& op, int threads) {
+  ATTRFAST_BY_WIDTH(dtype, pointwise_backward_ruled<T>(op, threads))
+}
+
+static void depthwise(Dtype dtype, const Depthwise& op, int threads) {
+  ATTRFAST_BY_WIDTH(dtype, depthwise_typed<T>(op, threads))
+}
+
+static void depthwise_backward(Dtype dtype, const DepthwiseBackward& op, int threads) {
+  ATTRFAST_BY_WIDTH(dtype, depthwise_backward_ruled<T>(op, threads))
+}
+
 static const Kernels kernels = {ATTRFAST_ISA_NAME,
                                 affine_relu,
                                 affine_relu_backward,
@@ -421,7 +451,6 @@ static const Kernels kernels = {ATTRFAST_ISA_NAME,
                                 pointwise,
                                 pointwise_floats,
                                 pointwise_backward,
-                                pointwise_backward_floats,
                                 depthwise,
                                 depthwise_floats,
                                 depthwise_backward,

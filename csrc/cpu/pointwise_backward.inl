@@ -20,53 +20,55 @@ struct Slots {
 };
 
 // Positions of one group of kRows within a slot: g1 to the products, and what they add to the attribution to acc.
-template <bool kGuided, bool kSplit, Attribute kWhat>
-static void mask_rows(const PointwiseBackward& op, const PointwisePlan& plan, int64_t first,
+template <class T, bool kGuided, bool kSplit, Attribute kWhat>
+static void mask_rows(const PointwiseBackward& op, const PointwisePlan<T>& plan, int64_t first,
                       int64_t last, float* to, float* acc) {
   const int64_t channels = op.product.channels_in;
-  const Clamp clamp(op.lower, op.upper);
+  const T *const as = static_cast<const T*>(op.a), *const gs = static_cast<const T*>(op.product.x);
+  const T* const residual = static_cast<const T*>(op.residual);
+  T* const g1 = static_cast<T*>(op.g1);
+  const Clamp<T> clamp(op.lower, op.upper);
   const auto mask = [&](auto whole, int64_t at, int64_t c, float* place) {
     constexpr bool kWhole = decltype(whole)::value;
     const int64_t count = channels - c;
-    const Vector a = load_lanes<kWhole>(op.a + at + c, count);
-    const Vector g = load_lanes<kWhole>(op.product.x + at + c, count);
-    const Vector inside = clamp.passing<kGuided>(a, g);
-    if (kSplit) store_lanes<kWhole>(op.g1 + at + c, inside, count);
-    store_vector(place, inside);
+    const Vector a = load_lanes<kWhole>(as + at + c, count);
+    const Vector g = load_lanes<kWhole>(gs + at + c, count);
+    const Vector inside = clamp.template passing<kGuided>(a, g);
+    if (kSplit) store_lanes<kWhole>(g1 + at + c, inside, count);
+    Operands<T>::store(place, inside);
     if (kWhat == kNone) return;
     Vector flow = a * g;
-    if (kWhat == kBranch) flow = (a - load_lanes<kWhole>(op.residual + at + c, count)) * inside;
+    if (kWhat == kBranch) flow = (a - load_lanes<kWhole>(residual + at + c, count)) * inside;
     store_vector(acc + c, load_vector(acc + c) + flow);
   };
   for (int64_t i = first; i < last; ++i, to += kLanes) {
-    float* place = to;
     int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes, place += plan.step)
-      mask(Is<true>{}, i * channels, c, place);
-    if (c < channels) mask(Is<false>{}, i * channels, c, place);
+    for (; c + kLanes <= channels; c += kLanes)
+      mask(Is<true>{}, i * channels, c, operands_of<T>(to, plan.step, c));
+    if (c < channels) mask(Is<false>{}, i * channels, c, operands_of<T>(to, plan.step, c));
   }
 }
 
-template <bool kGuided, bool kSplit, Attribute kWhat>
+template <class T, bool kGuided, bool kSplit, Attribute kWhat>
 static void pointwise_backward_typed(const PointwiseBackward& op, int threads) {
   const Pointwise& product = op.product;
-  const PointwisePlan plan(product, true);
+  const PointwisePlan<T> plan(product, true);
   const Slots slots(product);
   const int64_t channels = product.channels_in;
   double* const partial = kWhat == kNone ? nullptr : new double[slots.count * channels];
   multiply_positions(
       product, plan, threads, [&](int64_t share) { return slots.start(slots.count * share / threads); },
       [&](int64_t first, int64_t last, int64_t share, float* to) {
-        float* const acc = plan.sums(product, share);
+        float* const acc = plan.sums_of(product, share);
         for (int64_t stop = first; first < last; first = stop) {
           const int64_t slot = slots.of(first), begin = slots.start(slot);
           const int64_t group = begin + (first - begin) / kRows * kRows;
           const int64_t end = smaller(slots.start(slot + 1), group + kRows);
           stop = smaller(last, end);
           if (kWhat != kNone && first == group) {
-            for (int64_t c = 0; c < plan.in_vectors * kLanes; ++c) acc[c] = 0;
+            for (int64_t c = 0; c < plan.sums; ++c) acc[c] = 0;
           }
-          mask_rows<kGuided, kSplit, kWhat>(op, plan, first, stop, to, acc);
+          mask_rows<T, kGuided, kSplit, kWhat>(op, plan, first, stop, to, acc);
           to += (stop - first) * kLanes;
           if (kWhat == kNone || stop < end) continue;  // the next block goes on
           double* const sum = partial + slot * channels;
@@ -81,24 +83,22 @@ static void pointwise_backward_typed(const PointwiseBackward& op, int threads) {
   delete[] partial;
 }
 
-template <bool kGuided, bool kSplit>
+template <class T, bool kGuided, bool kSplit>
 static void pointwise_backward_what(const PointwiseBackward& op, int threads) {
   switch (op.attribute) {
-    case kNone: return pointwise_backward_typed<kGuided, kSplit, kNone>(op, threads);
-    case kOutput: return pointwise_backward_typed<kGuided, kSplit, kOutput>(op, threads);
-    case kBranch: return pointwise_backward_typed<kGuided, kSplit, kBranch>(op, threads);
+    case kNone: return pointwise_backward_typed<T, kGuided, kSplit, kNone>(op, threads);
+    case kOutput: return pointwise_backward_typed<T, kGuided, kSplit, kOutput>(op, threads);
+    case kBranch: return pointwise_backward_typed<T, kGuided, kSplit, kBranch>(op, threads);
   }
 }
 
-static void pointwise_backward(const PointwiseBackward& op, int threads) {
+template <class T>
+static void pointwise_backward_ruled(const PointwiseBackward& op, int threads) {
   const bool split = op.g1 != nullptr;
   const auto run =
-      op.guided ? (split ? pointwise_backward_what<true, true> : pointwise_backward_what<true, false>)
-      : split   ? pointwise_backward_what<false, true>
-                : pointwise_backward_what<false, false>;
+      op.guided
+          ? (split ? pointwise_backward_what<T, true, true> : pointwise_backward_what<T, true, false>)
+      : split ? pointwise_backward_what<T, false, true>
+              : pointwise_backward_what<T, false, false>;
   run(op, threads);
-}
-
-static int64_t pointwise_backward_floats(const PointwiseBackward& op, int threads) {
-  return PointwisePlan(op.product, true).floats(threads);
 }

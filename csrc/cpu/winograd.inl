@@ -141,7 +141,7 @@ static inline void transform_input(const Winograd& op, const WinogradPlan& plan,
 template <int R, int S>
 static void multiply(const float* v, int64_t v_step, const float* u, int64_t in_vectors, float* m) {
   Vector sum[R][S] = {};
-  add_products(v, v_step, u, in_vectors * kLanes, sum);
+  add_products<float>(v, v_step, u, in_vectors * kLanes, sum);
   for (int r = 0; r < R; ++r)
     for (int s = 0; s < S; ++s) store_vector(m + (r * S + s) * kLanes, sum[r][s]);
 }
