@@ -207,6 +207,30 @@ def test_a_large_batch_runs_in_halves(samples: int, expected: list[int]) -> None
     assert max(seen) <= 7
 
 
+@pytest.mark.parametrize(
+    ("layers", "width", "side", "expected"),
+    [(150, 16, 16, [28]), (8, 64, 36, [14, 14]), (2, 64, 36, [28])],
+    ids=["deep and narrow", "wide", "small"],
+)
+def test_a_batch_runs_in_halves_where_layers_make_much(
+    layers: int, width: int, side: int, expected: list[int]
+) -> None:
+    """By the plan a batch takes 70, 93 and 37 MB."""
+    kernel = 1 if layers > 100 else 3
+    body: list[nn.Module] = []
+    for index in range(layers):
+        reads = width if index else 3
+        convolution = nn.Conv2d(reads, width, kernel, padding=kernel // 2, bias=False)
+        body += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
+    net = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
+    whole = Full(28)
+    whole.inside = net
+    images = torch.randn(28, 3, side, side).contiguous(memory_format=torch.channels_last)
+    whole.eval()
+    score(whole.to(memory_format=torch.channels_last), [(images, torch.zeros(28, dtype=torch.int64))])
+    assert whole.passes[-len(expected) :] == expected
+
+
 @pytest.mark.parametrize("helps", [True, False])
 def test_a_sample_is_made_to_take_less_as_long_as_that_helps(
     monkeypatch: pytest.MonkeyPatch, helps: bool
