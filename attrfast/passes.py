@@ -402,8 +402,8 @@ def _comfort(model: nn.Module, plan: Plan | None) -> float:
     """Bytes of activations above which a batch runs in halves on a CPU: half the memory for little time.
 
     Every part has every call made and every weight laid out anew: quarters took DenseNet-121 1.3 to 1.5 times
-    as long as halves. Where stages make so little each that calls are what takes time, halves took 1.45 times as
-    long as batches (chains of 300 and 1,000 layers, 260 KB each).
+    as long as halves. Where stages make so little each that calls are what takes time, halves took 1.45 times
+    as long as batches (chains of 300 and 1,000 layers, 260 KB each).
     """
     stages = set() if plan is None else {stage.last for stage in plan.stages.values()}
     return max(64e6, 0.6 * sum(p.nbytes for p in model.parameters()), 0.5e6 * len(stages))
