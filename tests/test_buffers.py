@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from attrfast.buffers import Buffers
+from benchmarks import fresh
 
 SHAPE, STRIDES = (4, 3, 8, 8), (192, 1, 24, 3)  # channels-last
 
@@ -81,6 +84,32 @@ def test_what_two_batches_did_not_use_is_given_back() -> None:
     buffers.next_batch()
     assert [block.free for block in buffers._blocks] == [False]
     assert held.fill_(1.0).sum() == held.numel()
+
+
+def _after_holes() -> list[int]:
+    """Resident bytes while the heap is full, when half of it is free, and when the second batch begins."""
+    buffers = Buffers()
+    buffers.next_batch()
+    kept = [torch.ones(16 << 10) for _ in range(1000)]
+    seen = [_resident()]
+    kept = kept[::2]
+    seen.append(_resident())
+    buffers.next_batch()
+    assert len(kept) == 500
+    return [*seen, _resident()]
+
+
+def _resident() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmRSS:")[1].split()[0])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no /proc")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another malloc")
+def test_holes_that_the_first_batch_leaves_are_given_back() -> None:
+    full, holes, later = fresh.call(_after_holes)
+    assert holes >= full - (4 << 20)
+    assert later <= full - (24 << 20)
 
 
 def test_memory_outlives_the_buffers_while_a_tensor_is_there() -> None:
