@@ -304,6 +304,7 @@ class PlanMode(CallMode):
         wide = compute_dtype(x.dtype)
         if not isinstance(padding, str) and (bias is None or bias.dtype in (x.dtype, wide)):
             own = own_kernel(sample, weight, geometry)
+        shift = None if own is None or bias is None else bias.to(wide)
         alone = own is not None and not run.stage.has("pool")
         in_parts = self.buffers is not None and x.dim() == spatial + 2 and index != run.stage.last
         if head is not None and not alone and not in_parts:
@@ -322,8 +323,7 @@ class PlanMode(CallMode):
             assert own is not None
             made = size_made(x.shape[2:], weight.shape[2:], geometry.padding, geometry.stride)
             shape = torch.Size((len(x), weight.shape[0], *made))
-            shifted = None if bias is None else bias.to(wide)
-            given = shape, weight, shifted, geometry.padding, self.buffers
+            given = shape, weight, shift, geometry.padding, self.buffers
             run.own = whole_convolution(own, self._pieces(x, head, run, len(x)), *given)
             run.z = x.new_empty_strided(shape, (0,) * len(shape))
             return
@@ -331,7 +331,6 @@ class PlanMode(CallMode):
         def convolve(part: Tensor) -> Tensor:
             with torch.no_grad():
                 if own is not None:
-                    shift = None if bias is None else bias.to(wide)
                     return own(part, weight, geometry.padding, shift=shift, buffers=self.buffers)
                 if left_behind(part, weight, geometry):
                     return library_pointwise(part, weight, bias)

@@ -210,7 +210,7 @@ struct Kernels {
 };
 
 const Kernels* baseline_kernels();
-const Kernels* avx2_kernels();         // null where the compiler's target is not x86-64
+const Kernels* avx2_kernels();         // null where the compiler has no such target
 const Kernels* avx512_kernels();       // likewise
 const Kernels* avx512_bf16_kernels();  // null where the compiler does not know it, too
 

@@ -48,7 +48,7 @@ def ordinary(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-@pytest.mark.skipif(allocator._glibc() is None, reason="another malloc")
+@pytest.mark.skipif(allocator.glibc() is None, reason="another malloc")
 def test_passes_are_timed_in_memory_that_is_there(ordinary: pytest.MonkeyPatch) -> None:
     root = str(Path(allocator.__file__).parents[2])
     run = subprocess.run(
@@ -67,7 +67,7 @@ def test_passes_are_timed_in_memory_that_is_there(ordinary: pytest.MonkeyPatch) 
 
 def test_malloc_stays_as_the_user_has_set_it(ordinary: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    ordinary.setattr(allocator, "_glibc", lambda: asked.append(1))
+    ordinary.setattr(allocator, "glibc", lambda: asked.append(1))
     with allocator.memory_is_kept(CPU):
         assert asked
     asked.clear()
@@ -77,6 +77,6 @@ def test_malloc_stays_as_the_user_has_set_it(ordinary: pytest.MonkeyPatch) -> No
 
 
 def test_memory_of_another_device_is_left_alone(ordinary: pytest.MonkeyPatch) -> None:
-    ordinary.setattr(allocator, "_glibc", lambda: pytest.fail("malloc was looked at"))
+    ordinary.setattr(allocator, "glibc", lambda: pytest.fail("malloc was looked at"))
     with allocator.memory_is_kept(torch.device("cuda")):
         pass

@@ -8,11 +8,12 @@ quarter of the widths none. Such time belongs to no layer, and no width foretell
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Iterator
 
 import torch
+
+from attrfast.buffers import glibc
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _NEVER = 2**31 - 1
@@ -29,7 +30,7 @@ def memory_is_kept(device: torch.device) -> Iterator[None]:
     has made them by the environment. Threads other than the main one have heaps of 64 MB each, and blocks
     that do not fit there come and go as ever.
     """
-    library = None if device.type != "cpu" or any(map(os.environ.get, _CHOSEN)) else _glibc()
+    library = None if device.type != "cpu" or any(map(os.environ.get, _CHOSEN)) else glibc()
     if library is None:
         yield
         return
@@ -41,12 +42,3 @@ def memory_is_kept(device: torch.device) -> Iterator[None]:
         for option, value in _AS_EVER:
             library.mallopt(option, value)
         library.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    try:
-        library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018
-    except (OSError, AttributeError, TypeError):
-        return None
-    return library

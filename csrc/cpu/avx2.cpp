@@ -1,5 +1,5 @@
 // Kernels for processors with AVX2; the build passes the matching flags on x86-64.
-#if defined(__x86_64__)
+#if defined(__AVX2__)
 #define ATTRFAST_ISA avx2
 #define ATTRFAST_ISA_NAME "avx2"
 #include "kernels.inl"

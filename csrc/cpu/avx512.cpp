@@ -1,5 +1,5 @@
 // Kernels for processors with AVX512; the build passes the matching flags on x86-64.
-#if defined(__x86_64__)
+#if defined(__AVX512F__)
 #define ATTRFAST_ISA avx512
 #define ATTRFAST_ISA_NAME "avx512"
 #include "kernels.inl"

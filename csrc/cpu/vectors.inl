@@ -66,13 +66,19 @@ struct Number {
   static constexpr int value = kValue;
 };
 
+#if defined(__AVX512F__)
+static inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>((1u << larger(0, count)) - 1);
+}
+#endif
+
 // The first `count` lanes; the others are zero, or left alone. Loops tell whole vectors apart (kWhole), so
 // that nothing is decided within them.
 template <bool kWhole>
 static inline Vector load_lanes(const float* from, int64_t count) {
   if (kWhole) return load_vector(from);
 #if defined(__AVX512F__)
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << larger(0, count)) - 1), from);
+  return _mm512_maskz_loadu_ps(first_lanes(count), from);
 #else
   Vector v = {};
   for (int64_t i = 0; i < count; ++i) v[i] = from[i];
@@ -84,7 +90,7 @@ template <bool kWhole>
 static inline void store_lanes(float* to, Vector v, int64_t count) {
   if (kWhole) return store_vector(to, v);
 #if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << larger(0, count)) - 1), v);
+  _mm512_mask_storeu_ps(to, first_lanes(count), v);
 #else
   for (int64_t i = 0; i < count; ++i) to[i] = v[i];
 #endif
@@ -94,8 +100,7 @@ template <bool kWhole>
 static inline Vector load_lanes(const BFloat16* from, int64_t count) {
   if (kWhole) return load_vector(from);
 #if defined(__AVX512F__)
-  const __mmask16 mask = static_cast<__mmask16>((1u << larger(0, count)) - 1);
-  return widened((HalfWords)_mm256_maskz_loadu_epi16(mask, from));
+  return widened((HalfWords)_mm256_maskz_loadu_epi16(first_lanes(count), from));
 #else
   Vector v = {};
   for (int64_t i = 0; i < count; ++i) v[i] = Element<BFloat16>::load(from[i]);
@@ -107,8 +112,7 @@ template <bool kWhole>
 static inline void store_lanes(BFloat16* to, Vector v, int64_t count) {
   if (kWhole) return store_vector(to, v);
 #if defined(__AVX512F__)
-  const __mmask16 mask = static_cast<__mmask16>((1u << larger(0, count)) - 1);
-  _mm256_mask_storeu_epi16(to, mask, (__m256i)narrowed(v));
+  _mm256_mask_storeu_epi16(to, first_lanes(count), (__m256i)narrowed(v));
 #else
   for (int64_t i = 0; i < count; ++i) to[i] = Element<BFloat16>::store(v[i]);
 #endif
